@@ -1,0 +1,217 @@
+"""Who may come in now.
+
+Only this module decides about a handshake: its path, origin, token, and whether there is room. It
+knows neither SQL nor how bytes travel; it answers through the connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from http import HTTPStatus
+from time import monotonic
+
+from websockets.http11 import Request, Response
+
+from wsgateway import handshake
+from wsgateway.auth import Authenticator, Identity
+from wsgateway.config import Config
+from wsgateway.connection import Connection, Phase
+from wsgateway.errors import Refused
+from wsgateway.gateway import Gateway, device_group, user_group
+from wsgateway.handshake import Route, Visit
+from wsgateway.limits import Departed
+from wsgateway.metrics import Metrics
+from wsgateway.session import Rules, Session
+from wsgateway.wire import CloseCode
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER = (1, 5)
+"""Seconds, drawn anew for each refusal, so that a refused crowd does not come back as one."""
+
+MISMATCHES_REMEMBERED = 1000
+"""Users whose wrong path was logged; beyond, mismatches are only counted."""
+
+
+class Admission:
+    """Decides about handshakes, and counts addresses."""
+
+    def __init__(
+        self,
+        config: Config,
+        authenticator: Authenticator,
+        gateway: Gateway,
+        rules: Rules,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._authenticator = authenticator
+        self._gateway = gateway
+        self._rules = rules
+        self._metrics = metrics
+        limits = config.limits
+        self.departed = Departed(limits.messages, limits.window, limits.remembered_windows)
+        self._addresses: Counter[str] = Counter()
+        self._mismatched: set[int] = set()
+        self.draining = False
+
+    def not_ready(self) -> list[str]:
+        """Why no device could come in now; empty if one could."""
+        reasons = []
+        if self.draining:
+            reasons.append("draining")
+        if not self._authenticator.usable:
+            reasons.append("database")
+        return reasons
+
+    async def decide(self, connection: Connection, request: Request, refusal: str | None) -> None:
+        """Answer a handshake request; ``refusal`` is why there is no room for it, if so.
+
+        Cancelling is safe: the connection is then left to its deadline.
+        """
+        visit = handshake.read(request)
+        if visit.route is not Route.DEVICE:
+            connection.respond(self._plain(visit.route, request))
+            return
+        response = connection.core.accept(request)
+        if response.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
+            self._metrics.refused["bad_request"] += 1
+            connection.respond(response)
+            return
+        try:
+            if refusal:
+                raise Refused(refusal, random.randint(*RETRY_AFTER))  # noqa: S311 - spreads retries
+            identity = await self._identify(visit)
+            if connection.phase is Phase.DECIDING:
+                self._admit(connection, response, identity)
+        except Refused as error:
+            self._refuse(connection, response, visit, error)
+        except Exception:
+            log.exception("connecting a device failed id=%s", connection.id)
+            self._metrics.refused["internal"] += 1
+            if visit.versioned:
+                connection.accept(response)
+                connection.close(CloseCode.CONNECT_FAILED)
+            else:
+                error_response = {"error": "internal"}
+                connection.respond(
+                    handshake.json_response(HTTPStatus.INTERNAL_SERVER_ERROR, error_response)
+                )
+
+    def enter(self, address: str) -> None:
+        self._addresses[address] += 1
+
+    def leave(self, connection: Connection, address: str) -> None:
+        """Forget a connection that is lost, except for what its device may still send."""
+        self._addresses[address] -= 1
+        if not self._addresses[address]:
+            del self._addresses[address]
+        identity, session = connection.identity, connection.session
+        if identity is not None and session is not None:
+            self._gateway.leave(connection, identity.user_id, identity.device_id)
+            self.departed.leave(_owner(identity), session.window, monotonic())
+            self._metrics.forgotten_windows = self.departed.forgotten
+
+    def crowded(self, address: str) -> bool:
+        """Whether an address has all the connections it may have."""
+        limit = self._config.limits.connections_per_ip
+        return bool(limit) and self._addresses[address] > limit
+
+    def _plain(self, route: Route, request: Request) -> Response:
+        if route is Route.NOWHERE:
+            self._metrics.refused["not_found"] += 1
+            return handshake.json_response(HTTPStatus.NOT_FOUND, {"error": "not found"})
+        if request.method not in ("GET", "HEAD"):
+            response = handshake.json_response(HTTPStatus.METHOD_NOT_ALLOWED, {"error": "use GET"})
+            response.headers["Allow"] = "GET, HEAD"
+            return response
+        reasons = self.not_ready() if route is Route.READY else []
+        status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
+        document = {"status": "unavailable" if reasons else "ok"}
+        response = handshake.json_response(
+            status, document | ({"reasons": reasons} if route is Route.READY else {})
+        )
+        if request.method == "HEAD":
+            response.body = b""
+        return response
+
+    async def _identify(self, visit: Visit) -> Identity:
+        """Whom the request comes from. Raises Refused."""
+        auth = self._config.auth
+        if "*" not in auth.origins:
+            absent_is_fine = visit.origin is None and not auth.require_origin
+            if not absent_is_fine and visit.origin not in auth.origins:
+                raise Refused("origin")
+        if visit.token is None:
+            raise Refused("missing")
+        identity = await self._authenticator.identify(visit.token)
+        if visit.path_user_id not in (None, identity.user_id):
+            self._note_mismatch(identity.user_id)
+            if auth.strict_path_id:
+                raise Refused("path_id")
+        return identity
+
+    def _admit(self, connection: Connection, response: Response, identity: Identity) -> None:
+        limits, now = self._config.limits, monotonic()
+        group = user_group(identity.user_id)
+        if limits.connections_per_user:
+            connected = len(self._gateway.hub.members(group))
+            if connected >= limits.connections_per_user and limits.duplicate != "newest":
+                raise Refused("user_full", random.randint(*RETRY_AFTER))  # noqa: S311
+        window = self.departed.inherit(_owner(identity), now)
+        wait = window.wait(now)
+        if wait > 0:
+            raise Refused("rate", int(wait) + 1)
+        if limits.duplicate == "newest":
+            self._replace(identity)
+        if identity.device_id is None:
+            log.warning("device has no id: user has no primary device user=%s", identity.user_id)
+        session = Session(self._rules, window, connection)
+        connection.open(response, identity, session)
+        if connection.phase is Phase.OPEN:
+            self._gateway.join(connection, identity.user_id, identity.device_id)
+            self._metrics.opened += 1
+            log.info(
+                "device in user=%s device=%s address=%s id=%s",
+                identity.user_id, identity.device_id, connection.address, connection.id,
+            )  # fmt: skip
+            connection.listen()
+
+    def _replace(self, identity: Identity) -> None:
+        """End the connections that a new one of the same device, or token, replaces."""
+        hub = self._gateway.hub
+        if identity.device_id is not None:
+            others = list(hub.members(device_group(identity.device_id)))
+        else:
+            others = list(hub.members(user_group(identity.user_id)))
+        for other in others:
+            assert isinstance(other, Connection)
+            known = other.identity
+            if identity.device_id is not None or (known and known.token_id == identity.token_id):
+                other.close(CloseCode.REPLACED)
+
+    def _refuse(
+        self, connection: Connection, response: Response, visit: Visit, error: Refused
+    ) -> None:
+        self._metrics.refused[error.reason] += 1
+        log.warning("device refused reason=%s", error.reason)
+        if error.retry_after is not None:
+            connection.respond(handshake.unavailable(error.retry_after))
+        elif error.reason != "origin" and (visit.versioned or self._config.auth.refuse == "close"):
+            connection.accept(response)
+            connection.close(CloseCode.TOKEN_ENDED)
+        else:
+            connection.respond(handshake.unauthorized())
+
+    def _note_mismatch(self, user_id: int) -> None:
+        self._metrics.path_id_mismatches += 1
+        if user_id not in self._mismatched and len(self._mismatched) < MISMATCHES_REMEMBERED:
+            self._mismatched.add(user_id)
+            log.warning("device names another user in its path user=%s", user_id)
+
+
+def _owner(identity: Identity) -> tuple[int, int | None]:
+    """Whose message budget it is."""
+    return identity.token_id, identity.device_id

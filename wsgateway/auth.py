@@ -1,0 +1,264 @@
+"""Who a token stands for, asked without ever harming the loop or the database.
+
+Only this module decides whether a token opens the device socket. It knows neither sockets nor SQL.
+Look-ups that arrive while one query runs share the next one, so that at most one query waits in the
+database's thread, however many clients come and however slow the disk is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from wsgateway import config, store
+from wsgateway.errors import Refused, StoreBusy, StoreError
+from wsgateway.metrics import Metrics
+from wsgateway.store import Store, TokenRow
+
+log = logging.getLogger(__name__)
+
+MAX_TOKEN_LENGTH: Final = 256
+"""Characters; ours have 47, Django's 40. Longer texts are not even hashed."""
+
+BATCH: Final = 100
+"""Look-ups per query: where the cost per look-up stops falling."""
+
+RETRY_AFTER: Final = 2
+"""Seconds that a client refused for the gateway's own trouble is asked to wait."""
+
+RETRY_PAUSE: Final = 0.05
+"""Seconds between two tries at a locked database."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whom a token stands for. ``expires_at`` is in seconds since 1970, or None.
+
+    ``epoch`` counts the database files that were opened: a token that a *replaced* file does not
+    know was not revoked, while one that vanished from the same file was.
+    """
+
+    token_id: int
+    user_id: int
+    device_id: int | None
+    expires_at: int | None
+    epoch: int
+
+
+def new_token() -> str:
+    """A token with 256 random bits."""
+    return f"wsg_{secrets.token_urlsafe(32)}"
+
+
+def hash_token(token: str) -> str:
+    """What is stored of a token. 256 random bits need no salt and no slow hash."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def ended(row: TokenRow | None, now: float) -> str | None:
+    """Why a token does not open the device socket at ``now`` (seconds since 1970), or None."""
+    if row is None:
+        return "unknown"
+    if row.revoked_at is not None:
+        return "revoked"
+    if row.expires_at is not None and row.expires_at <= now:
+        return "expired"
+    if not row.user_active:
+        return "disabled"
+    return None if row.scope == "device" else "scope"
+
+
+class Authenticator:
+    """Answers whom a token stands for, from a short-lived cache or the database."""
+
+    def __init__(self, settings: config.Auth, path: Path, metrics: Metrics) -> None:
+        self._settings = settings
+        self._path = path
+        self._metrics = metrics
+        self._store: Store | None = None
+        self._exit = contextlib.AsyncExitStack()
+        self._epoch = 0
+        self._seen_changes = 0
+        self._damaged = False
+        self._waiting: dict[str, asyncio.Future[TokenRow | None]] = {}
+        self._arrived = asyncio.Event()
+        self._cache: OrderedDict[str, tuple[float, Identity]] = OrderedDict()
+
+    @property
+    def usable(self) -> bool:
+        """Whether the database answers: without it nobody is admitted, and nobody is cut."""
+        return self._store is not None and not self._damaged and self._store.intact()
+
+    async def identify(self, token: str) -> Identity:
+        """Whom a token stands for.
+
+        Raises:
+            Refused: with the reason; with ``retry_after`` if the database did not answer in time.
+
+        """
+        if not self.usable:
+            raise Refused("database", RETRY_AFTER)
+        if len(token) > MAX_TOKEN_LENGTH:
+            raise Refused("unknown")
+        token_hash = hash_token(token)
+        now = time.time()
+        cached = self._cache.get(token_hash)
+        if cached is not None and cached[0] > time.monotonic():
+            if cached[1].expires_at is not None and cached[1].expires_at <= now:
+                raise Refused("expired")
+            self._metrics.lookups["cache"] += 1
+            return cached[1]
+        row = await self._look_up(token_hash)
+        reason = ended(row, now)
+        if row is None or not hmac.compare_digest(row.hash, token_hash) or reason:
+            raise Refused(reason or "unknown")
+        identity = Identity(row.id, row.user_id, row.device_id, row.expires_at, self._epoch)
+        self._remember(token_hash, identity)
+        return identity
+
+    async def changed(self, identities: Iterable[Identity]) -> dict[int, str]:
+        """Which of these may not stay as they are: token id -> reason.
+
+        The reason is one of `ended`, or 'device' if the token now stands for another device.
+
+        Raises:
+            StoreError: the database cannot say; nobody is to be cut for that.
+
+        """
+        known = {identity.token_id: identity for identity in identities}
+        ids = list(known)
+        found: dict[int, str] = {}
+        for start in range(0, len(ids), BATCH):
+            if self._store is None:
+                raise StoreError("the token database is not open")
+            part = ids[start : start + BATCH]
+            rows = await self._store.tokens_by_id(part)
+            found |= self._compare([known[token_id] for token_id in part], rows)
+        return found
+
+    @contextlib.asynccontextmanager
+    async def running(self, on_change: Callable[[], None]) -> AsyncIterator[None]:
+        """Open the database and answer; ``on_change`` is called after it was changed or replaced.
+
+        Raises:
+            StoreError: of the first opening, in one line. Later the database may come and go.
+
+        """
+        await self._open()
+        async with asyncio.TaskGroup() as tasks:
+            workers = [
+                tasks.create_task(self._answer_look_ups()),
+                tasks.create_task(self._watch(on_change)),
+            ]
+            try:
+                yield
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await self._exit.aclose()
+
+    def forget(self) -> None:
+        """Answer the next question about every token from the database."""
+        self._cache.clear()
+
+    async def _look_up(self, token_hash: str) -> TokenRow | None:
+        answer = self._waiting.get(token_hash)
+        if answer is None:
+            if len(self._waiting) >= self._settings.max_lookups:
+                raise Refused("lookups", RETRY_AFTER)
+            answer = self._waiting[token_hash] = asyncio.get_running_loop().create_future()
+            self._arrived.set()
+        try:
+            async with asyncio.timeout(self._settings.lookup_timeout):
+                return await asyncio.shield(answer)  # others may wait for the same answer
+        except TimeoutError:
+            self._metrics.lookups["failed"] += 1
+            self._waiting.pop(token_hash, None)
+            raise Refused("database", RETRY_AFTER) from None
+
+    async def _answer_look_ups(self) -> None:
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self._waiting:
+                batch = [hash_ for hash_, _ in zip(self._waiting, range(BATCH), strict=False)]
+                try:
+                    if self._store is None:
+                        raise StoreError("the token database is not open")
+                    rows = await self._store.tokens_by_hash(batch)
+                except StoreError as error:
+                    self._damaged = self._damaged or not isinstance(error, StoreBusy)
+                    await asyncio.sleep(
+                        RETRY_PAUSE
+                    )  # paces the tries; those who wait have a deadline
+                    continue
+                self._metrics.lookups["database"] += len(batch)
+                for token_hash in batch:
+                    answer = self._waiting.pop(token_hash, None)
+                    if answer is not None:
+                        answer.set_result(rows.get(token_hash))
+
+    async def _watch(self, on_change: Callable[[], None]) -> None:
+        """Notice changes by other processes, and open the database again when it was lost."""
+        lost = False
+        while True:
+            await asyncio.sleep(self._settings.poll_interval)
+            try:
+                reopen = not self.usable
+                if reopen:
+                    await self._open()
+                assert self._store is not None
+                changes = await self._store.change_count()
+            except StoreError as error:
+                if not lost:
+                    log.error("token database lost, new connections get 503: %s", error)
+                lost = True
+                self.forget()
+                continue
+            if lost:
+                log.warning("token database back path=%s", self._path)
+                lost = False
+            if reopen or changes != self._seen_changes:
+                self._seen_changes = changes
+                self.forget()
+                on_change()
+
+    async def _open(self) -> None:
+        self._store = None
+        await self._exit.aclose()
+        self._store = await self._exit.enter_async_context(store.open_store(self._path))
+        self._seen_changes = await self._store.change_count()
+        self._damaged = False
+        self._epoch += 1
+        self.forget()
+
+    def _remember(self, token_hash: str, identity: Identity) -> None:
+        if self._settings.cache_ttl <= 0:
+            return
+        self._cache[token_hash] = (time.monotonic() + self._settings.cache_ttl, identity)
+        if len(self._cache) > self._settings.cache_size:
+            self._cache.popitem(last=False)
+
+    def _compare(self, part: Sequence[Identity], rows: dict[int, TokenRow]) -> dict[int, str]:
+        now = time.time()
+        found = {}
+        for identity in part:
+            row = rows.get(identity.token_id)
+            if row is None and identity.epoch != self._epoch:
+                continue
+            reason = ended(row, now)
+            if reason is None and row is not None and row.device_id != identity.device_id:
+                reason = "device"
+            if reason:
+                found[identity.token_id] = reason
+        return found

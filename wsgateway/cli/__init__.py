@@ -1,0 +1,183 @@
+"""The command line: words in, one exit code out.
+
+Only this package prints. Commands are imported when they are called, so that `--help` stays fast.
+
+Exit codes: 0 done, 1 failed or crashed, 2 wrong usage, 3 cannot start now (port busy, database
+locked), 78 the configuration or the database has to be mended first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import NoReturn
+
+from wsgateway import __version__
+from wsgateway.errors import EXIT_OK, EXIT_USAGE, GatewayError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    arguments = build_parser().parse_args(argv)
+    module, function = arguments.command
+    try:
+        command = getattr(importlib.import_module(f"wsgateway.cli.{module}"), function)
+        return int(command(arguments) or EXIT_OK)
+    except GatewayError as error:
+        print(f"wsgateway: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output went away, as in `... | head`
+        sys.stderr.close()
+        return EXIT_OK
+    except KeyboardInterrupt:
+        return EXIT_OK
+
+
+def build_parser() -> Parser:
+    """All commands and their options."""
+    parser = Parser(
+        prog="wsgateway",
+        description="A standalone WebSocket gateway for fleets of devices.",
+        epilog="exit codes: 0 done, 1 failed, 2 usage, 3 cannot start now (port busy, database "
+        "locked), 78 configuration",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"wsgateway {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_config(commands)
+    _add_database(commands)
+    _add_user(commands)
+    _add_device(commands)
+    _add_token(commands)
+    return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
+    serve = commands.add_parser("serve", help="run the gateway", allow_abbrev=False)
+    serve.set_defaults(command=("serve", "serve"))
+    _add_settings(serve)
+    serve.add_argument("--demo", action="store_true", help="loopback, with a demo user and token")
+    serve.add_argument("--check", action="store_true", help="check the configuration and stop")
+    for flag, key in SERVE_FLAGS.items():
+        serve.add_argument(flag, metavar="VALUE", dest=key, help=f"same as --set {key}=VALUE")
+
+
+SERVE_FLAGS = {
+    "--host": "server.host",
+    "--port": "server.port",
+    "--database": "auth.database",
+    "--loop": "runtime.loop",
+    "--log-level": "log.level",
+    "--log-format": "log.format",
+}
+
+
+def _add_config(commands: argparse._SubParsersAction[Parser]) -> None:
+    verbs = _noun(commands, "config", "check, show or create the configuration")
+    check = _verb(verbs, "config", "check", "check the configuration; 0 if it can be used")
+    show = _verb(verbs, "config", "show", "show each value and where it came from")
+    show.add_argument("--json", action="store_true", help="as JSON")
+    init = _verb(verbs, "config", "init", "write a commented configuration file")
+    init.add_argument("-o", "--output", default="config.toml", metavar="FILE")
+    init.add_argument("--force", action="store_true", help="overwrite the file")
+    _verb(verbs, "config", "docs", "print the reference of every key as Markdown")
+    for parser in (check, show):
+        _add_settings(parser)
+
+
+def _add_database(commands: argparse._SubParsersAction[Parser]) -> None:
+    verbs = _noun(commands, "db", "create the token database, or bring it up to date")
+    _add_settings(
+        _verb(verbs, "accounts", "init", "create it, or bring its schema up to date", "db_")
+    )
+
+
+def _add_user(commands: argparse._SubParsersAction[Parser]) -> None:
+    verbs = _noun(commands, "user", "add, list, enable and disable users")
+    add = _account_verb(verbs, "user", "add", "add a user")
+    add.add_argument("name")
+    add.add_argument("--id", type=int, help="number it so, e.g. as in your backend")
+    _account_verb(verbs, "user", "list", "list the users")
+    for verb in ("enable", "disable"):
+        help_text = f"{verb} a user" + ("; his devices are cut" if verb == "disable" else "")
+        _account_verb(verbs, "user", verb, help_text).add_argument("user", help="name or id")
+
+
+def _add_device(commands: argparse._SubParsersAction[Parser]) -> None:
+    verbs = _noun(commands, "device", "add, list, bind and unbind devices")
+    add = _account_verb(verbs, "device", "add", "add a device")
+    add.add_argument("name")
+    add.add_argument("--id", type=int, help="number it so, e.g. as in your backend")
+    add.add_argument("--user", help="bind it to this user (name or id)")
+    _account_verb(verbs, "device", "list", "list the devices")
+    texts = {
+        "bind": "bind a device to a user; his first one becomes the primary",
+        "unbind": "take a device from a user and revoke his tokens for it",
+        "primary": "make a bound device the user's primary one",
+    }
+    for verb, text in texts.items():
+        parser = _account_verb(verbs, "device", verb, text)
+        parser.add_argument("device", help="name or id")
+        parser.add_argument("--user", required=True, help="name or id")
+
+
+def _add_token(commands: argparse._SubParsersAction[Parser]) -> None:
+    verbs = _noun(commands, "token", "create, list, revoke and check tokens")
+    create = _account_verb(verbs, "token", "create", "create a token; it is shown only now")
+    create.add_argument("--user", required=True, help="name or id")
+    create.add_argument("--device", help="only for this device (name or id)")
+    create.add_argument("--scope", choices=("device", "api", "admin"), default="device")
+    create.add_argument("--expires", metavar="DURATION", help='e.g. "90d"; default: never')
+    create.add_argument("--label", default="", help="for people")
+    listing = _account_verb(verbs, "token", "list", "list the tokens, never their text")
+    listing.add_argument("--user", help="only of this user (name or id)")
+    revoke = _account_verb(verbs, "token", "revoke", "revoke a token; its devices are cut")
+    revoke.add_argument("token", help="its id, its text, or - to read the text from stdin")
+    check = _account_verb(verbs, "token", "check", "say whether a token opens the device socket")
+    check.add_argument("token", help="its text, or - to read it from stdin (argv shows in ps)")
+
+
+def _noun(
+    commands: argparse._SubParsersAction[Parser], name: str, text: str
+) -> argparse._SubParsersAction[Parser]:
+    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    return parser.add_subparsers(metavar="VERB", required=True)
+
+
+def _verb(
+    verbs: argparse._SubParsersAction[Parser], module: str, name: str, text: str, prefix: str = ""
+) -> Parser:
+    parser = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.set_defaults(command=(module, prefix + name))
+    return parser
+
+
+def _account_verb(
+    verbs: argparse._SubParsersAction[Parser], noun: str, name: str, text: str
+) -> Parser:
+    parser = _verb(verbs, "accounts", name, text, f"{noun}_")
+    _add_settings(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print only the id or token")
+    return parser
+
+
+def _add_settings(parser: Parser) -> None:
+    parser.add_argument("-c", "--config", metavar="FILE", help="configuration file")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="one value over the file and the environment, e.g. limits.messages=200",
+    )

@@ -1,0 +1,671 @@
+"""The configuration: one frozen, typed value.
+
+Only this module says which keys exist, what they default to and where a value came from. It opens
+nothing but the files it is told to read, never logs and never ends the process: it returns a
+`Loaded` or raises `ConfigError` with one line that names the key, the value and what is allowed.
+
+The documentation of a key is written once, at its declaration: `config.toml`, `docs/configuration.md`
+and the error messages are made from it. Longer than 400 lines because the declarations are its text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import msgspec
+from msgspec import Meta
+
+from wsgateway.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "WSGATEWAY_"
+SYSTEM_FILE = Path("/etc/wsgateway/config.toml")
+
+
+def doc(text: str, **extra: object) -> Meta:
+    """What a key is for, as `config.toml` and the reference show it."""
+    return Meta(description=text, extra=extra or None)
+
+
+Seconds = Annotated[float, Meta(ge=0, extra={"unit": "seconds"})]
+Bytes = Annotated[int, Meta(ge=0, extra={"unit": "bytes"})]
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One table of the configuration file."""
+
+
+class Server(Section, frozen=True):
+    """Where devices connect."""
+
+    host: Annotated[str, doc("Address the device socket listens on.")] = "0.0.0.0"  # noqa: S104
+    port: Annotated[Port, doc("Port of the device socket; 0 takes a free one.")] = 8000
+    backlog: Annotated[
+        Positive,
+        doc("Connections the kernel may hold before they are accepted: room for a fleet's return."),
+    ] = 4096
+
+
+class Runtime(Section, frozen=True):
+    """The process itself."""
+
+    loop: Annotated[
+        Literal["uvloop", "asyncio"],
+        doc(
+            "Event loop. uvloop is about three times as fast; asyncio is used where it is missing."
+        ),
+    ] = "uvloop"
+    state_dir: Annotated[
+        str,
+        doc("Folder for state; empty: $STATE_DIRECTORY, else $XDG_STATE_HOME/wsgateway."),
+    ] = ""
+
+
+class Auth(Section, frozen=True):
+    """Who may connect."""
+
+    database: Annotated[
+        str,
+        doc(
+            "SQLite file of users, devices and tokens, on a local disk; empty: state_dir/wsgateway.db."
+        ),
+    ] = ""
+    refuse: Annotated[
+        Literal["http", "close"],
+        doc(
+            "How a client that offers no subprotocol is refused: 'http' answers 403 (clients that reset "
+            "their retry counter on open would otherwise retry for ever), 'close' accepts and closes "
+            "with 4001."
+        ),
+    ] = "http"
+    origins: Annotated[
+        tuple[str, ...],
+        doc(
+            "Origins a browser may connect from, '*' for all; clients without Origin stay allowed."
+        ),
+    ] = ("*",)
+    require_origin: Annotated[bool, doc("Refuse clients that send no Origin.")] = False
+    strict_path_id: Annotated[
+        bool, doc("Refuse /ws/device/<user id> when the id is not the token's user.")
+    ] = False
+    lookup_timeout: Annotated[
+        Seconds, doc("How long a client waits for the token database before it gets 503.")
+    ] = 2.0
+    max_lookups: Annotated[
+        Positive,
+        doc("Token look-ups in flight; beyond, clients get 503 instead of a longer queue."),
+    ] = 2048
+    cache_ttl: Annotated[
+        Seconds,
+        doc(
+            "How long a token's owner is remembered; any change of the database forgets all. 0: never."
+        ),
+    ] = 5.0
+    cache_size: Annotated[Positive, doc("Tokens remembered at most.")] = 10_000
+    poll_interval: Annotated[
+        Seconds,
+        doc(
+            "How often the database is asked whether it changed; revoked tokens are cut within 5 s."
+        ),
+    ] = 1.0
+
+
+class Limits(Section, frozen=True):
+    """What a device, a user or an address may use. 0 switches a limit off where noted."""
+
+    messages: Annotated[Positive, doc("Messages per connection in any window.")] = 100
+    window: Annotated[Seconds, doc("Length of that sliding window.")] = 60.0
+    message_characters: Annotated[
+        Positive, doc("Longest message in characters; longer ones get an error, the device stays.")
+    ] = 10_240
+    message_bytes: Annotated[
+        Bytes, doc("Hard cap of a message; longer ones end the connection with 1009.")
+    ] = 65_536
+    fragments: Annotated[
+        Positive,
+        doc("Fragments of one message, empty ones too; more end the connection with 1009."),
+    ] = 1024
+    control_frames: Annotated[
+        Positive, doc("Pings and pongs from a device per keepalive interval; more close with 4008.")
+    ] = 200
+    outbound_bytes: Annotated[
+        Bytes, doc("Bytes that may wait for a slow reader; more and the connection is aborted.")
+    ] = 1_048_576
+    outbound_stall: Annotated[
+        Seconds, doc("How long a reader may take nothing while bytes wait, before it is aborted.")
+    ] = 10.0
+    fanout_bytes: Annotated[
+        Bytes,
+        doc("Group messages accepted but not yet written to members; beyond, they are dropped."),
+    ] = 16_777_216
+    handshake_timeout: Annotated[
+        Seconds, doc("From the accepted connection to the authenticated device.")
+    ] = 5.0
+    handshake_bytes: Annotated[Bytes, doc("Longest handshake request; longer ones get 431.")] = (
+        16_384
+    )
+    handshakes: Annotated[Positive, doc("Unfinished handshakes; beyond, clients get 503.")] = 2048
+    connections: Annotated[
+        Count, doc("Connections in all; 0: the descriptor limit minus descriptor_reserve.")
+    ] = 0
+    descriptor_reserve: Annotated[
+        Positive,
+        doc("Descriptors kept for the database, log and the like, and to answer 503 when full."),
+    ] = 128
+    connections_per_user: Annotated[Count, doc("Connections of one user; 0: no limit.")] = 100
+    connections_per_ip: Annotated[
+        Count, doc("Connections from one address; 0: no limit, as fleets share addresses.")
+    ] = 0
+    duplicate: Annotated[
+        Literal["allow", "newest"],
+        doc("A second connection of a device: 'allow' both, or the 'newest' replaces (4010)."),
+    ] = "allow"
+    remembered_windows: Annotated[
+        Positive,
+        doc("Message windows kept for devices that left, so that a reconnect wins nothing."),
+    ] = 10_000
+
+
+class Keepalive(Section, frozen=True):
+    """How dead peers are found."""
+
+    interval: Annotated[Seconds, doc("Between two pings to a device.")] = 20.0
+    timeout: Annotated[
+        Seconds, doc("How long a device may be silent after a ping (rounded up to an interval).")
+    ] = 20.0
+    close_timeout: Annotated[
+        Seconds, doc("How long a peer may take to finish the close handshake before it is aborted.")
+    ] = 5.0
+
+
+class Handlers(Section, frozen=True):
+    """What answers the messages of devices."""
+
+    modules: Annotated[
+        tuple[str, ...],
+        doc("Python modules with message types of your own, e.g. ['mycompany.lights']."),
+    ] = ()
+    timeout: Annotated[
+        Seconds, doc("How long a handler may take; then the device gets an error.")
+    ] = 30.0
+    max_pending: Annotated[
+        Positive,
+        doc("Messages of a device that wait for its slow handlers; then reading from it pauses."),
+    ] = 16
+
+
+class Weather(Section, frozen=True):
+    """The weather service."""
+
+    provider: Annotated[
+        Literal["sample"], doc("'sample' answers without a key and says so in data.sample.")
+    ] = "sample"
+
+
+class Chat(Section, frozen=True):
+    """The chat service."""
+
+    provider: Annotated[Literal["echo"], doc("'echo' repeats the message, as a test.")] = "echo"
+
+
+class Drain(Section, frozen=True):
+    """How the gateway stops."""
+
+    window: Annotated[
+        Seconds,
+        doc("Time to send 1012 to every device and to wait for them; the rest is aborted."),
+    ] = 10.0
+
+
+class Log(Section, frozen=True):
+    """What is written to standard error."""
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], doc("Least level written.")] = (
+        "info"
+    )
+    format: Annotated[
+        Literal["auto", "text", "json"],
+        doc("'auto': text, with journal levels under systemd; 'json': one object a line."),
+    ] = "auto"
+
+
+class Config(Section, frozen=True):
+    """Everything an operator can decide. Durations are seconds, sizes are bytes."""
+
+    server: Server = Server()
+    runtime: Runtime = Runtime()
+    auth: Auth = Auth()
+    limits: Limits = Limits()
+    keepalive: Keepalive = Keepalive()
+    handlers: Handlers = Handlers()
+    weather: Weather = Weather()
+    chat: Chat = Chat()
+    drain: Drain = Drain()
+    log: Log = Log()
+
+    def state_dir(self, environ: Mapping[str, str] = os.environ) -> Path:
+        """The folder for state: configured, else systemd's, else the user's XDG folder."""
+        if self.runtime.state_dir:
+            return Path(self.runtime.state_dir).expanduser()
+        if environ.get("STATE_DIRECTORY"):
+            return Path(environ["STATE_DIRECTORY"].split(":")[0])
+        home = environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())
+        return Path(home) / "wsgateway"
+
+    def database(self, environ: Mapping[str, str] = os.environ) -> Path:
+        """The path of the token database."""
+        if self.auth.database:
+            return Path(self.auth.database).expanduser()
+        return self.state_dir(environ) / "wsgateway.db"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the configuration: its place, its type, its text."""
+
+    section: str
+    name: str
+    annotation: Any
+    default: Any
+
+    @property
+    def path(self) -> str:
+        return f"{self.section}.{self.name}"
+
+    @property
+    def variable(self) -> str:
+        """Its environment variable."""
+        return f"{ENVIRONMENT_PREFIX}{self.section}_{self.name}".upper()
+
+    @property
+    def type(self) -> Any:
+        return get_args(self.annotation)[0]
+
+    @property
+    def description(self) -> str:
+        texts = [meta.description for meta in self._metas if meta.description]
+        return texts[-1] if texts else ""
+
+    @property
+    def unit(self) -> str:
+        """'seconds', 'bytes' or ''."""
+        return str(self._extra.get("unit", ""))
+
+    @property
+    def secret(self) -> bool:
+        """Whether its value is masked when shown and may come from `<name>_file`."""
+        return bool(self._extra.get("secret"))
+
+    @property
+    def _metas(self) -> list[Meta]:
+        return [item for item in get_args(self.annotation)[1:] if isinstance(item, Meta)]
+
+    @property
+    def _extra(self) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for meta in self._metas:
+            merged |= meta.extra or {}
+        return merged
+
+    def allowed(self) -> str:
+        """What values it takes, in words for an error message."""
+        if get_origin(self.type) is Literal:
+            return "one of " + ", ".join(repr(choice) for choice in get_args(self.type))
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        text = words.get(self.type, "a list of texts")
+        if self.unit == "seconds":
+            text = 'a duration such as "20s" or "1m30s"'
+        elif self.unit == "bytes":
+            text = 'a size such as 65536 or "64KiB"'
+        least = [meta.ge for meta in self._metas if meta.ge is not None]
+        most = [meta.le for meta in self._metas if meta.le is not None]
+        if least and (self.type is int or max(least) > 0):
+            text += f", at least {max(least)}"
+        if most:
+            text += f", at most {min(most)}"
+        return text
+
+
+def keys() -> dict[str, Key]:
+    """Every key of the configuration by its path, in the order of the file."""
+    found = {}
+    for section, kind in typing.get_type_hints(Config).items():
+        defaults = kind()
+        for name, annotation in typing.get_type_hints(kind, include_extras=True).items():
+            key = Key(section, name, annotation, getattr(defaults, name))
+            found[key.path] = key
+    return found
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration and where each value came from.
+
+    ``origins`` maps a key's path to 'default', '<file>:<line>', '$VARIABLE' or the flag;
+    ``warnings`` are lines an operator should see.
+    """
+
+    config: Config
+    origins: Mapping[str, str]
+    file: Path | None
+    warnings: tuple[str, ...]
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    flags: Mapping[str, object] = types.MappingProxyType({}),
+) -> Loaded:
+    """Read the configuration: defaults, file, environment, flags, each over those before.
+
+    ``path`` must exist if given; else $WSGATEWAY_CONFIG must, else ./config.toml or
+    /etc/wsgateway/config.toml are read where they exist. ``flags`` maps key paths to values.
+
+    Raises:
+        ConfigError: one line with the key, the value, what is allowed and the nearest known key.
+
+    """
+    known = keys()
+    file = _find_file(path, environ)
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(known, "default")
+    warnings: list[str] = []
+    layers = (
+        _from_file(file) if file else (),
+        _from_environment(known, environ),
+        [(name, value, "command line") for name, value in flags.items()],
+    )
+    for layer in layers:
+        seen: set[str] = set()
+        for name, raw, origin in layer:
+            key, value = _resolve(known, name, raw, origin, environ, warnings)
+            if key.path in seen:
+                raise ConfigError(
+                    f"{origin}: {key.path} is set twice, by value and by file; keep one"
+                )
+            seen.add(key.path)
+            values[key.path] = _convert(key, value, origin)
+            origins[key.path] = origin
+    config = _build(values)
+    _check_combinations(config)
+    return Loaded(config, origins, file, tuple(warnings))
+
+
+def render_toml(config: Config | None = None) -> str:
+    """The configuration as a commented TOML file; without an argument, the defaults."""
+    config = config or Config()
+    lines = ["# wsgateway configuration. Every key is optional; shown are the defaults.",
+             '# Durations: "20s", "1m30s", "500ms" or seconds. Sizes: bytes or "64KiB", "1MiB".',
+             "# Each key is also an environment variable: WSGATEWAY_<SECTION>_<KEY>."]  # fmt: skip
+    section = None
+    for key in keys().values():
+        if key.section != section:
+            section = key.section
+            kind = type(getattr(config, section))
+            lines += ["", f"[{section}] # {(kind.__doc__ or '').splitlines()[0]}"]
+        lines += _wrap(key.description, "# ")
+        value = render(key, getattr(getattr(config, section), key.name))
+        prefix = "# " if key.secret and not getattr(getattr(config, section), key.name) else ""
+        lines.append(f"{prefix}{key.name} = {value}")
+    return "\n".join(lines) + "\n"
+
+
+def render(key: Key, value: Any) -> str:
+    """One value as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if key.unit == "seconds":
+        return f'"{value:g}s"'
+    if key.unit == "bytes" and value and value % 1024 == 0:
+        return f'"{value >> 20}MiB"' if value % (1 << 20) == 0 else f'"{value >> 10}KiB"'
+    return msgspec.json.encode(value).decode()
+
+
+def render_reference() -> str:
+    """The reference of every key as Markdown."""
+    lines = [
+        "# Configuration",
+        "",
+        "Made by `wsgateway config docs`. A value comes from the default, the file, the environment",
+        "and the command line, each over those before. The file is `--config`, else",
+        "`$WSGATEWAY_CONFIG`, else `./config.toml`, else `/etc/wsgateway/config.toml`.",
+        "`wsgateway config show` prints the effective values and where they came from.",
+        "",
+        'Durations are written `"20s"`, `"1m30s"`, `"500ms"` or as seconds; sizes as bytes, `"64KiB"`',
+        'or `"1MiB"`. A key marked *secret* can also be read from a file, with the key',
+        '`<key>_file = "/path"` or, under systemd, `<key>_file = "credential:NAME"`.',
+    ]
+    section = None
+    for key in keys().values():
+        if key.section != section:
+            section = key.section
+            kind = type(getattr(Config(), section))
+            lines += ["", f"## [{section}]", "", (kind.__doc__ or "").splitlines()[0], "",
+                      "| key | default | what it is for | environment |", "|---|---|---|---|"]  # fmt: skip
+        text = key.description + (" *Secret.*" if key.secret else "")
+        if get_origin(key.type) is Literal and len(get_args(key.type)) > 1:
+            text += f" Allowed: {key.allowed().removeprefix('one of ')}."
+        lines.append(f"| `{key.name}` | `{render(key, key.default)}` | {text} | `{key.variable}` |")
+    return "\n".join(lines) + "\n"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "20s", "1m30s", "500ms", "2h", "90d" or "1.5". Raises ValueError."""
+    return _parse_units(text, {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400})
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "65536", "64KiB" or "1MiB". Raises ValueError."""
+    return int(_parse_units(text, {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "B": 1}))
+
+
+def _parse_units(text: str, units: Mapping[str, float]) -> float:
+    if re.fullmatch(r"\d{1,15}(\.\d{1,9})?", text):
+        return float(text)
+    part = rf"(\d{{1,15}}(?:\.\d{{1,9}})?)({'|'.join(units)})"
+    if not re.fullmatch(rf"(?:{part})+", text):
+        raise ValueError(text)
+    return sum(float(number) * units[unit] for number, unit in re.findall(part, text))
+
+
+def _find_file(path: str | Path | None, environ: Mapping[str, str]) -> Path | None:
+    named = path or environ.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+    if named:
+        if not Path(named).is_file():
+            raise ConfigError(
+                f"{named}: no such configuration file (wsgateway config init makes one)"
+            )
+        return Path(named)
+    return next((file for file in (Path("config.toml"), SYSTEM_FILE) if file.is_file()), None)
+
+
+def _from_file(file: Path) -> Iterator[tuple[str, Any, str]]:
+    try:
+        text = file.read_text("utf-8")
+        document = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    for section, table in document.items():
+        if not isinstance(table, dict):
+            raise ConfigError(
+                f"{file}: {section} stands outside a section; put it under one, e.g. [server]"
+            )
+        if not table and section not in typing.get_type_hints(Config):
+            yield section, None, str(file)
+        for name, raw in table.items():
+            yield f"{section}.{name}", raw, f"{file}:{_line_of(text, section, name)}"
+
+
+def _line_of(text: str, section: str, name: str) -> int:
+    current = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([^\]]+?)\s*\]", line):
+            current = header[1]
+        elif current == section and re.match(rf"\s*\"?{re.escape(name)}\"?\s*=", line):
+            return number
+    return 1
+
+
+def _from_environment(
+    known: Mapping[str, Key], environ: Mapping[str, str]
+) -> Iterator[tuple[str, Any, str]]:
+    variables = {key.variable: key.path for key in known.values()}
+    variables |= {
+        f"{key.variable}_FILE": f"{key.path}_file" for key in known.values() if key.secret
+    }
+    sections = tuple(f"{ENVIRONMENT_PREFIX}{s.upper()}_" for s in typing.get_type_hints(Config))
+    for variable, raw in environ.items():
+        if variable in variables and raw != "":  # empty means unset, as for most programs
+            yield variables[variable], raw, f"${variable}"
+        elif variable.startswith(sections) and variable not in variables:
+            close = difflib.get_close_matches(variable, variables, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"${variable}: no such key{hint}")
+
+
+def _resolve(
+    known: Mapping[str, Key],
+    name: str,
+    raw: Any,
+    origin: str,
+    environ: Mapping[str, str],
+    warnings: list[str],
+) -> tuple[Key, Any]:
+    """The key a name stands for and its value, read from a file where the name says so."""
+    if name in known:
+        return known[name], raw
+    key = known.get(name.removesuffix("_file"))
+    if key is None or not key.secret:
+        close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{origin}: {name}: no such key{hint}")
+    return key, _read_secret(key, str(raw), origin, environ, warnings)
+
+
+def _read_secret(
+    key: Key, place: str, origin: str, environ: Mapping[str, str], warnings: list[str]
+) -> str:
+    path = Path(place)
+    if place.startswith("credential:"):
+        folder = environ.get("CREDENTIALS_DIRECTORY")
+        if not folder:
+            raise ConfigError(
+                f"{origin}: {key.path}_file = {place!r} needs systemd's LoadCredential= "
+                "($CREDENTIALS_DIRECTORY is not set)"
+            )
+        path = Path(folder) / place.removeprefix("credential:")
+    try:
+        secret = path.read_text("utf-8").strip()
+        if path.stat().st_mode & 0o077 and not place.startswith("credential:"):
+            warnings.append(f"{path} holds a secret and others may read it: chmod 600 {path}")
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"{origin}: {key.path}_file: {path} cannot be read as text") from None
+    return secret
+
+
+def _convert(key: Key, raw: Any, origin: str) -> Any:
+    try:
+        return msgspec.convert(_parse_text(key, raw, origin), key.annotation, strict=True)
+    except (msgspec.ValidationError, ValueError):
+        shown = "***" if key.secret else repr(raw)
+        raise ConfigError(f"{origin}: {key.path} = {shown}: must be {key.allowed()}") from None
+
+
+def _parse_text(key: Key, raw: Any, origin: str) -> Any:
+    """Turn text into what the key's type wants; outside the file everything is text."""
+    if isinstance(raw, bool) or not isinstance(raw, str | int | float):
+        return raw
+    if key.unit == "seconds":
+        return parse_duration(raw) if isinstance(raw, str) else float(raw)
+    if key.unit == "bytes" and isinstance(raw, str):
+        return parse_size(raw)
+    from_file = not origin.startswith(("$", "command line"))
+    if from_file or not isinstance(raw, str):
+        return raw
+    if key.type is int:
+        return int(raw)
+    if key.type is float:
+        return float(raw)
+    if key.type is bool:
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(
+            raw.lower(), raw
+        )
+    if get_origin(key.type) is tuple:
+        return tuple(part.strip() for part in raw.split(",") if part.strip())
+    return raw
+
+
+def _build(values: Mapping[str, Any]) -> Config:
+    sections: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        section, name = path.split(".")
+        sections.setdefault(section, {})[name] = value
+    kinds = typing.get_type_hints(Config)
+    return Config(**{name: kinds[name](**fields) for name, fields in sections.items()})
+
+
+def _check_combinations(config: Config) -> None:
+    """Refuse values that are each allowed and cannot hold together."""
+    limits, keepalive = config.limits, config.keepalive
+    must_be_above_zero = {
+        "limits.window": limits.window,
+        "limits.handshake_timeout": limits.handshake_timeout,
+        "limits.outbound_stall": limits.outbound_stall,
+        "keepalive.interval": keepalive.interval,
+        "keepalive.timeout": keepalive.timeout,
+        "keepalive.close_timeout": keepalive.close_timeout,
+        "handlers.timeout": config.handlers.timeout,
+        "auth.lookup_timeout": config.auth.lookup_timeout,
+        "auth.poll_interval": config.auth.poll_interval,
+    }
+    for path, value in must_be_above_zero.items():
+        if value <= 0:
+            raise ConfigError(f'{path} = "{value:g}s": must be longer than 0')
+    rules = [
+        (
+            limits.message_bytes < limits.message_characters,
+            f"limits.message_bytes = {limits.message_bytes}: must be at least "
+            f"limits.message_characters ({limits.message_characters})",
+        ),
+        (
+            limits.outbound_bytes < limits.message_bytes,
+            f"limits.outbound_bytes = {limits.outbound_bytes}: must be at least "
+            f"limits.message_bytes ({limits.message_bytes})",
+        ),
+        (
+            config.auth.poll_interval > 5,
+            f'auth.poll_interval = "{config.auth.poll_interval:g}s": at most 5s, since a revoked '
+            "token must be cut within 5 s",
+        ),
+        (
+            config.auth.require_origin and "*" in config.auth.origins,
+            "auth.require_origin = true: needs a list of auth.origins without '*'",
+        ),
+    ]
+    for broken, sentence in rules:
+        if broken:
+            raise ConfigError(sentence)
+
+
+def _wrap(text: str, prefix: str, width: int = 96) -> list[str]:
+    lines, line = [], prefix
+    for word in text.split():
+        if len(line) + len(word) > width:
+            lines.append(line.rstrip())
+            line = prefix
+        line += word + " "
+    return [*lines, line.rstrip()]

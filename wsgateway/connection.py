@@ -1,0 +1,594 @@
+"""One device's bytes: an asyncio.Protocol around the library's Sans-I/O core.
+
+Only this module turns bytes into messages and back. It knows neither Redis nor SQL nor who may
+connect: the door decides that, the session decides what a message means.
+
+The common frame takes a fast path (see `_read_plain`); everything else goes through the core,
+`websockets.server.ServerProtocol`, which also answers pings and closes. The library's own asyncio
+layer is not used because a peer that stops reading stops it from closing, from pinging and from
+bounding what waits to be sent; here every wait has a deadline that ends in `transport.abort()`.
+Longer than 400 lines because a connection's phases share its state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections import deque
+from collections.abc import Mapping
+from time import monotonic
+from typing import Any, Protocol, cast
+
+from websockets.frames import Frame, Opcode, apply_mask  # type: ignore[attr-defined]
+from websockets.http11 import Request, Response
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+
+from wsgateway import wire
+from wsgateway.auth import Identity
+from wsgateway.config import Limits
+from wsgateway.handlers import Reach
+from wsgateway.metrics import Metrics
+from wsgateway.providers import Services
+from wsgateway.session import Action, Session, Stop, Wait
+from wsgateway.wire import CloseCode
+
+log = logging.getLogger(__name__)
+
+CORE_SLICE = 4096
+"""Bytes given to the core at once: 682 of the smallest frames, about 10 ms in pure Python, after
+which the limits are looked at again. A read can hold 256 KiB."""
+
+CLOSING_BYTES = 262_144
+"""Bytes that a peer may still send after our close frame; one read's worth may be on the way."""
+
+PAUSE_AT = 16_384
+"""Bytes waiting in the transport above which a connection counts as congested and is watched."""
+
+CORE_LOG = logging.getLogger("websockets.server")
+CORE_LOG.setLevel(logging.WARNING)  # below, the core logs the request line, with the token
+
+TEXT, BINARY, CONT = Opcode.TEXT, Opcode.BINARY, Opcode.CONT
+CONTROL = frozenset({Opcode.PING, Opcode.PONG})
+
+
+def _core_is_known() -> bool:
+    """Whether the undocumented attributes that the fast path reads are there."""
+    core = ServerProtocol(logger=CORE_LOG)
+    reader = getattr(core, "reader", None)
+    known = isinstance(getattr(reader, "buffer", None), bytearray) and core.extensions == []
+    return known and getattr(core, "current_size", 0) is None
+
+
+FAST_PATH = _core_is_known()
+"""Whether plain frames bypass the core; without, everything works and is slower."""
+
+
+class Phase(enum.Enum):
+    """Where a connection stands."""
+
+    HANDSHAKE = "handshake"  # the request is not complete
+    DECIDING = "deciding"  # the door decides whether the device may come in
+    OPEN = "open"
+    CLOSING = "closing"  # a close frame or a refusal is on its way; nothing else follows
+    CLOSED = "closed"
+
+
+class Door(Protocol):
+    """What a connection needs from the one who let it in."""
+
+    limits: Limits
+    max_pending: int
+    metrics: Metrics
+    services: Services
+
+    @property
+    def gateway(self) -> Reach: ...
+    def arrived(self, connection: Connection) -> None: ...
+    def requested(self, connection: Connection, request: Request) -> None: ...
+    def congested(self, connection: Connection) -> None: ...
+    def closing(self, connection: Connection) -> None: ...
+    def lost(self, connection: Connection) -> None: ...
+    def spawn(self, connection: Connection) -> asyncio.Task[None]: ...
+
+
+class Connection(asyncio.Protocol):
+    """A device's connection, from the accepted socket to its end; also the handlers' `Device`."""
+
+    __slots__ = (
+        "_close_code",
+        "_closing_bytes",
+        "_congested",
+        "_control_frames",
+        "_door",
+        "_drained",
+        "_early",
+        "_fragments",
+        "_held",
+        "_metrics",
+        "_paused",
+        "_pending",
+        "_progress_at",
+        "_session",
+        "_silent_pings",
+        "_task",
+        "_transport",
+        "_written",
+        "core",
+        "heard_at",
+        "identity",
+        "messages",
+        "opened_at",
+        "phase",
+        "wheel_slot",
+    )
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._metrics = door.metrics
+        self.core = ServerProtocol(
+            max_size=door.limits.message_bytes,
+            select_subprotocol=_select_subprotocol,
+            logger=CORE_LOG,
+        )
+        self.phase = Phase.HANDSHAKE
+        self.identity: Identity | None = None
+        self.heard_at = self.opened_at = monotonic()
+        self.messages = 0
+        self.wheel_slot = 0
+        self._session: Session | None = None
+        self._early: bytearray | None = bytearray()
+        self._held: deque[bytes | Frame] | None = None
+        self._paused = False
+        self._fragments: list[bytes] | None = None
+        self._pending: deque[Wait] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._congested = False
+        self._written = self._drained = 0
+        self._progress_at = 0.0
+        self._control_frames = self._silent_pings = 0
+        self._closing_bytes = 0
+        self._close_code = 0
+
+    # What the door and the handlers see.
+
+    @property
+    def id(self) -> str:
+        """Names this connection, over all instances."""
+        return self.core.id.hex
+
+    @property
+    def user_id(self) -> int:
+        assert self.identity is not None
+        return self.identity.user_id
+
+    @property
+    def device_id(self) -> int | None:
+        assert self.identity is not None
+        return self.identity.device_id
+
+    @property
+    def services(self) -> Services:
+        return self._door.services
+
+    @property
+    def gateway(self) -> Reach:
+        return self._door.gateway
+
+    @property
+    def session(self) -> Session | None:
+        """What the device may do; None before it is let in and after it is lost."""
+        return self._session
+
+    @property
+    def address(self) -> str:
+        """The peer's IP address."""
+        peer = self._transport.get_extra_info("peername")
+        return str(peer[0]) if peer else "unknown"
+
+    @property
+    def close_code(self) -> int:
+        """Why it ended: our code or the peer's; 1006 where no close frame was exchanged."""
+        return self._close_code or 1006
+
+    def send(self, message: Mapping[str, Any]) -> bool:
+        """Send a message to this device; False if it is gone. Never waits."""
+        return self._send_text(wire.encode(message))
+
+    def push(self, data: bytes) -> bool:
+        """Put whole frames on the way; False if the device is gone or too slow. Never waits."""
+        if self.phase is not Phase.OPEN:
+            return False
+        self._write(data)
+        return self.phase is Phase.OPEN
+
+    def respond(self, response: Response) -> None:
+        """Answer the request with something else than a WebSocket, and end."""
+        if self.phase is not Phase.DECIDING:
+            return
+        self.core.send_response(response)
+        self._start_closing()
+
+    def accept(self, response: Response) -> None:
+        """Complete the handshake of a client that is to be told why it is refused."""
+        if self.phase is Phase.DECIDING:
+            self.core.send_response(response)
+            self.phase = Phase.OPEN
+            self._flush()
+
+    def open(self, response: Response, identity: Identity, session: Session) -> None:
+        """Complete the handshake, tell the device that it is connected, and begin to listen."""
+        self.core.send_response(response)
+        handshake = b"".join(self.core.data_to_send())
+        status = wire.connection_status(identity.user_id, identity.device_id)
+        self.identity = identity
+        self._session = session
+        self.phase = Phase.OPEN
+        self.opened_at = monotonic()
+        self._metrics.sent += 1
+        self._write(handshake + wire.text_frame(status))
+
+    def listen(self) -> None:
+        """Begin to read messages, those first that came before the answer."""
+        early, self._early = self._early, None
+        if self.phase is Phase.OPEN:
+            if early:
+                self._read(bytes(early), monotonic())
+            if not self._paused:
+                self._transport.resume_reading()
+
+    def close(self, code: CloseCode, reason: str = "") -> None:
+        """Start the close handshake. The door aborts a peer that does not finish it in time."""
+        if self.phase is Phase.OPEN and self.core.state is State.OPEN:
+            self._close_code = code
+            self.core.send_close(code, reason)
+            self._start_closing()
+
+    def abort(self, reason: str) -> None:
+        """Cut the connection now: the only end that a stalled peer cannot delay."""
+        if self.phase is not Phase.CLOSED:
+            self._metrics.aborted[reason] += 1
+            self.phase = Phase.CLOSING
+            self._transport.abort()
+
+    def keepalive(self, allowed: int) -> bool:
+        """Ping the device; False if it left ``allowed`` pings unanswered. Resets its budgets."""
+        self._control_frames = 0
+        if self.phase is not Phase.OPEN or self._paused:
+            return True  # closing has a deadline of its own; a paused peer could not be heard
+        if self._silent_pings >= allowed:
+            return False
+        self._silent_pings += 1
+        self._write(wire.PING_FRAME)
+        return True
+
+    def stalled(self, now: float, longest: float) -> bool:
+        """Whether nothing left the write buffer for ``longest`` seconds."""
+        drained = self._written - self._transport.get_write_buffer_size()
+        if drained > self._drained:
+            self._drained = drained
+            self._progress_at = now
+        return now - self._progress_at > longest
+
+    @property
+    def is_congested(self) -> bool:
+        return self._congested and self.phase is not Phase.CLOSED
+
+    # What the transport calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=PAUSE_AT, low=0)
+        self._door.arrived(self)
+
+    def data_received(self, data: bytes) -> None:
+        now = monotonic()
+        self._silent_pings = 0  # any bytes are a sign of life
+        self.heard_at = now
+        self._metrics.received_bytes += len(data)
+        if self._session is not None and self.phase is Phase.OPEN:
+            if self._paused:
+                assert self._held is not None
+                self._held.append(data)
+            else:
+                self._read(data, now)
+        elif self.phase is Phase.HANDSHAKE:
+            self._read_handshake(data)
+        elif self.phase is Phase.DECIDING:
+            assert self._early is not None
+            self._early += data  # reading is paused: at most what was read with the request
+        else:
+            self._read_rest(data, now)
+
+    def eof_received(self) -> bool:
+        self.core.receive_eof()
+        self._flush()
+        return False
+
+    def pause_writing(self) -> None:
+        self._congested = True
+        self._progress_at = monotonic()
+        self._drained = self._written - self._transport.get_write_buffer_size()
+        self._door.congested(self)
+
+    def resume_writing(self) -> None:
+        self._congested = False
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self.phase = Phase.CLOSED
+        if self._task is not None:
+            self._task.cancel()
+        self._door.lost(self)
+        self._session = self._pending = self._held = self._early = None
+
+    # Reading.
+
+    def _read_handshake(self, data: bytes) -> None:
+        early = self._early
+        assert early is not None
+        before = len(early)
+        early += data
+        end = early.find(b"\r\n\r\n", max(0, before - 3)) + 4
+        complete = end >= 4
+        if (end if complete else len(early)) > self._door.limits.handshake_bytes:
+            self._answer_plainly(b"431 Request Header Fields Too Large", "too_large")
+            return
+        # Frames may follow the request in the same read: the core must not see them before it is
+        # told the answer, or it would parse them without the extensions that the answer agrees on.
+        self.core.receive_data(bytes(early[before : end if complete else None]))
+        events = self.core.events_received()
+        if events:
+            self.phase = Phase.DECIDING
+            self._transport.pause_reading()
+            del early[:end]
+            self._door.requested(self, cast(Request, events[0]))
+        elif self.core.handshake_exc is not None:
+            self._metrics.refused["bad_request"] += 1
+            writes = self.core.data_to_send()
+            if any(writes):
+                self._transport.write(b"".join(writes))
+                self._end_of_output()
+            else:
+                self._answer_plainly(b"400 Bad Request", "")
+
+    def _answer_plainly(self, status: bytes, refusal: str) -> None:
+        """Answer a request that the core could not read."""
+        if refusal:
+            self._metrics.refused[refusal] += 1
+        self._transport.write(
+            b"HTTP/1.1 " + status + b"\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+        )
+        self._end_of_output()
+
+    def _read(self, data: bytes, now: float) -> None:
+        """Handle what was read while OPEN; what is left when reading pauses is held."""
+        position = self._read_plain(data, now)
+        for start in range(position, len(data), CORE_SLICE):
+            if self._paused:
+                assert self._held is not None
+                self._held.append(data[start:])
+                return
+            if self.phase is not Phase.OPEN:
+                self._read_rest(data[start:], now)
+                return
+            self.core.receive_data(data[start : start + CORE_SLICE])
+            self._handle_frames(now)
+
+    def _read_plain(self, data: bytes, now: float) -> int:
+        """The fast path: handle the complete plain text frames that a read starts with.
+
+        Plain is final, masked, without RSV bits, shorter than 64 KiB and under the cap, with
+        nothing half-read in the core, no fragmented message open and no extension negotiated
+        (RFC 6455, sections 5.1 to 5.6, hold as the core would have done the same).
+
+        Returns:
+            The position of the first byte that is not handled.
+
+        """
+        core = self.core
+        if not FAST_PATH or core.reader.buffer or core.current_size is not None or core.extensions:
+            return 0
+        position, end, cap = 0, len(data), self._door.limits.message_bytes
+        while end - position >= 6 and data[position] == 0x81:
+            length = data[position + 1] - 0x80
+            start = position + 2
+            if length == 126:
+                length = int.from_bytes(data[start : start + 2], "big")
+                start += 2
+            elif not 0 <= length < 126:
+                break
+            stop = start + 4 + length
+            if stop > end or length > cap:
+                break
+            position = stop
+            self._handle_text(apply_mask(data[start + 4 : stop], data[start : start + 4]), now)
+            if self._paused or self.phase is not Phase.OPEN:
+                break
+        return position
+
+    def _read_rest(self, data: bytes, now: float) -> None:
+        """After our close frame, look for the peer's only, and not for long."""
+        if self.core.state is State.CONNECTING:
+            return  # the request was refused; what follows it is nobody's
+        self._closing_bytes += len(data)
+        if self._closing_bytes > CLOSING_BYTES:
+            self.abort("flood")
+            return
+        for start in range(0, len(data), CORE_SLICE):
+            if self.phase is Phase.CLOSING and not self._transport.is_closing():
+                self.core.receive_data(data[start : start + CORE_SLICE])
+                self._handle_frames(now)
+
+    def _handle_frames(self, now: float) -> None:
+        frames = self.core.events_received()
+        for index, frame in enumerate(frames):
+            if self._paused:
+                assert self._held is not None
+                self._held.extend(cast(list[Frame], frames[index:]))
+                break
+            self._handle_frame(cast(Frame, frame), now)
+        self._flush()  # after the answers: pongs, and the close frame, which is the last
+        if self.core.state is State.CLOSING and self.phase is Phase.OPEN:
+            sent = self.core.close_sent
+            self._close_code = sent.code if sent else 0
+            self._start_closing()
+
+    def _handle_frame(self, frame: Frame, now: float) -> None:
+        opcode = frame.opcode
+        if opcode in CONTROL:
+            self._control_frames += 1
+            if self._control_frames > self._door.limits.control_frames:
+                if self.phase is Phase.CLOSING:
+                    self.abort("flood")
+                self.close(CloseCode.RATE_LIMITED, "too many control frames")
+        elif opcode is Opcode.CLOSE or self.phase is not Phase.OPEN or self._session is None:
+            return
+        elif opcode is TEXT and frame.fin:
+            self._handle_text(bytes(frame.data), now)
+        elif opcode is BINARY and frame.fin:
+            self._perform(self._session.receive_binary(now))
+        else:
+            self._handle_fragment(frame, now)
+
+    def _handle_fragment(self, frame: Frame, now: float) -> None:
+        if self._fragments is None:
+            # The first item says what the fragments are of: the core checks their sequence.
+            self._fragments = [b"" if frame.opcode is TEXT else b"binary"]
+        self._fragments.append(bytes(frame.data))
+        if len(self._fragments) - 1 > self._door.limits.fragments:
+            self._fail(CloseCode.TOO_BIG, "too many fragments")
+        elif frame.fin:
+            kind, *parts = self._fragments
+            self._fragments = None
+            assert self._session is not None
+            if kind:
+                self._perform(self._session.receive_binary(now))
+            else:
+                self._handle_text(b"".join(parts), now)
+
+    def _handle_text(self, payload: bytes, now: float) -> None:
+        assert self._session is not None
+        self.messages += 1
+        try:
+            action = self._session.receive_text(payload, now)
+        except wire.NotUtf8:
+            self._fail(CloseCode.INVALID_UTF8, "invalid UTF-8")
+            return
+        self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        if type(action) is bytes:
+            self._send_text(action)
+        elif type(action) is Wait:
+            self._wait(action)
+        elif type(action) is Stop:
+            self._send_text(action.payload)
+            self.close(action.code)
+
+    # Handlers that wait.
+
+    def _wait(self, wait: Wait) -> None:
+        if self._pending is None:
+            self._pending = deque()
+        self._pending.append(wait)
+        if self._task is None:
+            self._task = self._door.spawn(self)
+        elif len(self._pending) >= self._door.max_pending and not self._paused:
+            self._paused = True
+            self._held = deque()
+            self._metrics.paused += 1
+            self._transport.pause_reading()
+
+    async def work(self) -> None:
+        """Answer the pending messages, one at a time and in order. Ends when none is left."""
+        try:
+            while self._pending and self._session is not None:
+                wait = self._pending.popleft()
+                answer = await self._session.run(wait)
+                if answer is not None:
+                    self._send_text(answer)
+                if self._paused and len(self._pending) < self._door.max_pending:
+                    self._resume()
+        finally:
+            self._task = None
+
+    def _resume(self) -> None:
+        """Handle what was held; then, if that did not pause again, go on reading."""
+        held, self._held = self._held, None
+        self._paused = False
+        self._silent_pings = 0  # nothing could be heard while reading was paused
+        self._handle_held(held or deque(), monotonic())
+        if not self._paused and self.phase is Phase.OPEN:
+            self._transport.resume_reading()
+
+    def _handle_held(self, held: deque[bytes | Frame], now: float) -> None:
+        while held:
+            if self._paused:
+                assert self._held is not None
+                self._held.extend(held)
+                return
+            item = held.popleft()
+            if isinstance(item, bytes):
+                self._read(item, now)
+            else:
+                self._handle_frame(item, now)
+
+    # Writing.
+
+    def _send_text(self, payload: bytes) -> bool:
+        sent = self.push(wire.text_frame(payload))
+        self._metrics.sent += sent
+        return sent
+
+    def _write(self, data: bytes) -> None:
+        self._written += len(data)
+        self._metrics.sent_bytes += len(data)
+        self._transport.write(data)
+        if self._congested:
+            waiting = self._transport.get_write_buffer_size()
+            if waiting > self._door.limits.outbound_bytes:
+                self.abort("slow")
+
+    def _flush(self) -> None:
+        """Write what the core wants to say."""
+        for data in self.core.data_to_send():
+            if self.phase is Phase.CLOSED or self._transport.is_closing():
+                return
+            if data:
+                self._write(data)
+            else:
+                self._end_of_output()
+
+    def _fail(self, code: CloseCode, reason: str) -> None:
+        self._close_code = code
+        self.core.fail(code, reason)
+        self._start_closing()
+
+    def _start_closing(self) -> None:
+        """Send the last words; whoever is still there after the deadline is aborted."""
+        self.phase = Phase.CLOSING
+        self._fragments = None
+        if self._task is not None:
+            self._task.cancel()
+        self._paused = False
+        self._flush()
+        self._door.closing(self)
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _end_of_output(self) -> None:
+        """Half-close, as a full close with unread input would make the kernel reset the
+        connection and take back what was just written."""
+        if self.phase is Phase.HANDSHAKE:
+            self.phase = Phase.CLOSING
+            self._door.closing(self)
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+
+def _select_subprotocol(_: ServerProtocol, offered: Any) -> Any:
+    """`wsgateway.v1` or none at all: never the token that travels in the same list."""
+    return wire.SUBPROTOCOL if wire.SUBPROTOCOL in offered else None

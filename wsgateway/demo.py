@@ -1,0 +1,81 @@
+"""The embedded default: a database of its own with one user, one device and one token.
+
+Only this module knows the demo. It refuses every database that it did not create.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from wsgateway import auth, store
+from wsgateway.config import Config
+from wsgateway.errors import StoreForeign, StoreMissing
+
+PROPERTY = "demo"
+
+
+async def prepare(config: Config) -> tuple[Config, str]:
+    """The configuration of a demo (loopback, a database of its own) and its token.
+
+    The token is kept in a file that only its owner can read, so that it is the same at every start.
+
+    Raises:
+        StoreError: the demo's database cannot be used.
+
+    """
+    folder = config.state_dir()
+    database = folder / "demo.db"
+    token = await _prepare_database(database, _read_or_make_token(folder / "demo.token"))
+    return (
+        msgspec.structs.replace(
+            config,
+            server=msgspec.structs.replace(config.server, host="127.0.0.1"),
+            auth=msgspec.structs.replace(config.auth, database=str(database)),
+        ),
+        token,
+    )
+
+
+async def _prepare_database(database: Path, token: str) -> str:
+    try:
+        await _refuse_foreign(database)
+        new = False
+    except StoreMissing:
+        new = True
+    async with store.open_to_write(database, create=True) as db:
+        if new:
+            await db.set_property(PROPERTY, "1")
+            user_id = await db.add_user("demo")
+            await db.bind(user_id, await db.add_device("demo-speaker"))
+        token_hash = auth.hash_token(token)
+        if token_hash not in await db.tokens_by_hash([token_hash]):
+            await db.add_token(token_hash, await db.user_id("demo"), "device", label="demo")
+    return token
+
+
+async def _refuse_foreign(database: Path) -> None:
+    try:
+        async with store.open_store(database) as db:
+            ours = await db.property(PROPERTY) == "1"
+    except StoreForeign:
+        ours = False
+    if not ours:
+        raise StoreForeign(
+            f"{database} was not made by --demo: move it away, or set runtime.state_dir"
+        )
+
+
+def _read_or_make_token(path: Path) -> str:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        token = path.read_text("ascii").strip()
+    except FileNotFoundError:
+        token = ""
+    if not token:
+        token = auth.new_token()
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # noqa: PTH123 - with a mode
+            file.write(token + "\n")
+    return token

@@ -1,0 +1,158 @@
+"""Writes to many members at once, joined per turn of the loop.
+
+Only this module decides when a group's frame is written. What is posted within one turn is written
+at its end; consecutive frames of one group become one write per member, so that a burst costs one
+system call per member and not one per frame, and a single frame is not delayed. It knows members
+only as something that takes bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Generator
+from typing import Protocol
+
+from wsgateway.hub import Hub
+from wsgateway.metrics import Metrics
+
+SLICE_SECONDS = 0.01
+"""A fan-out yields to the loop after that long: a fifth of the longest stall that is allowed."""
+
+SLICE_MEMBERS = 64
+"""Members written to between two looks at the clock, about a quarter of a millisecond."""
+
+
+class Member(Protocol):
+    """Something in a group that takes bytes."""
+
+    def __hash__(self) -> int: ...
+
+    def push(self, data: bytes) -> bool:
+        """Put bytes on the way; False if they cannot go. Never waits."""
+        ...
+
+
+class Delivery:
+    """What became of one message on this instance.
+
+    ``matched`` members were in the group when it was accepted. Awaiting it (cancelling is safe)
+    waits until every one was written to or given up, a few milliseconds at most per thousand
+    members, never for a device; then ``written`` and ``dropped`` add up to ``matched``.
+    """
+
+    __slots__ = ("_done", "matched", "written")
+
+    def __init__(self, matched: int) -> None:
+        self.matched = matched
+        self.written = 0
+        self._done: asyncio.Future[None] | bool = matched == 0
+
+    @property
+    def dropped(self) -> int:
+        """Members that did not get it: gone meanwhile, or too slow."""
+        return self.matched - self.written
+
+    def finish(self, written: int) -> None:
+        """Say how many got it."""
+        self.written = written
+        if isinstance(self._done, asyncio.Future):
+            if not self._done.done():
+                self._done.set_result(None)
+        else:
+            self._done = True
+
+    def __await__(self) -> Generator[object, None, Delivery]:
+        if self._done is False:
+            self._done = asyncio.get_running_loop().create_future()
+        if isinstance(self._done, asyncio.Future):
+            yield from asyncio.shield(self._done).__await__()
+        return self
+
+
+class _Batch:
+    """Frames that go to one group together."""
+
+    __slots__ = ("data", "deliveries", "frames", "group", "members", "written")
+
+    def __init__(self, group: str) -> None:
+        self.group = group
+        self.frames: list[bytes] = []
+        self.data = b""  # the frames joined, once writing has begun
+        self.deliveries: list[Delivery] = []
+        self.members: list[Member] | None = None  # None while more frames may be added
+        self.written = 0
+
+
+class Fanout:
+    """The frames on their way to groups, in the order they were posted."""
+
+    def __init__(self, hub: Hub[Member], metrics: Metrics, max_bytes: int) -> None:
+        self._hub = hub
+        self._metrics = metrics
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._batches: deque[_Batch] = deque()
+        self._scheduled = False
+
+    def post(self, group: str, frame: bytes) -> Delivery:
+        """Send a frame to everybody who is in a group now. Never waits.
+
+        Where too many bytes are on the way already, nobody gets it, and it is counted.
+        """
+        delivery = Delivery(len(self._hub.members(group)))
+        self._metrics.group_messages += 1
+        if delivery.matched == 0:
+            return delivery
+        if self._bytes + len(frame) > self._max_bytes:
+            self._metrics.dropped["fanout_full"] += delivery.matched
+            delivery.finish(0)
+            return delivery
+        batch = self._batches[-1] if self._batches else None
+        if batch is None or batch.group != group or batch.members is not None:
+            batch = _Batch(group)
+            self._batches.append(batch)
+        batch.frames.append(frame)
+        batch.deliveries.append(delivery)
+        self._bytes += len(frame)
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush)
+        return delivery
+
+    def freeze(self, group: str) -> None:
+        """Fix who gets what was posted so far. To be called before a member joins the group."""
+        for batch in self._batches:
+            if batch.group == group and batch.members is None:
+                batch.members = list(self._hub.members(group))
+
+    def _flush(self) -> None:
+        deadline = time.perf_counter() + SLICE_SECONDS
+        while self._batches:
+            batch = self._batches[0]
+            if batch.members is None:
+                batch.members = list(self._hub.members(batch.group))
+            if not batch.data:
+                batch.data = b"".join(batch.frames)
+            while members := batch.members[-SLICE_MEMBERS:]:
+                del batch.members[-SLICE_MEMBERS:]
+                for member in members:
+                    batch.written += member.push(batch.data)
+                if batch.members and time.perf_counter() > deadline:
+                    self._metrics.fanout_slices += 1
+                    asyncio.get_running_loop().call_soon(self._flush)
+                    return
+            self._batches.popleft()
+            self._finish(batch)
+        self._scheduled = False
+
+    def _finish(self, batch: _Batch) -> None:
+        metrics = self._metrics
+        metrics.delivered += batch.written * len(batch.frames)
+        metrics.sent += batch.written * len(batch.frames)
+        self._bytes -= sum(map(len, batch.frames))
+        for delivery in batch.deliveries:
+            delivery.finish(batch.written)
+            if delivery.dropped:
+                metrics.dropped["member_gone"] += delivery.dropped

@@ -1,0 +1,29 @@
+"""The types that ask an outside service: chat_message, weather."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from wsgateway.errors import ServiceError
+from wsgateway.handlers import Device, handler
+
+
+class City(msgspec.Struct):
+    city: str = "北京"
+
+
+@handler("chat_message")
+async def chat_message(message: str, device: Device) -> dict[str, Any]:
+    answer = await device.services.chat.reply(message, user_id=device.user_id)
+    return {"type": "chat_response", "message": answer}
+
+
+@handler("weather")
+async def weather(message: City, device: Device) -> dict[str, Any]:
+    try:
+        data = await device.services.weather.current(message.city)
+    except ServiceError as error:
+        raise ServiceError(f"Weather query failed: {error}") from error
+    return {"type": "weather_response", "data": data}

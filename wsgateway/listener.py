@@ -1,0 +1,300 @@
+"""The door: the listening socket, deadlines, the keepalive wheel, and the way out.
+
+Only this module knows all connections of an instance and when something is due for one. Nothing
+runs per idle connection: one tick looks at the oldest handshakes, the closing and the congested
+connections, and at the part of the wheel whose turn it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import socket
+import time
+from collections.abc import AsyncIterator
+from time import monotonic
+
+from websockets.http11 import Request
+
+from wsgateway.admission import Admission
+from wsgateway.auth import Authenticator, Identity
+from wsgateway.config import Config
+from wsgateway.connection import Connection, Phase
+from wsgateway.errors import StartError, StoreError
+from wsgateway.gateway import Gateway
+from wsgateway.metrics import Metrics
+from wsgateway.providers import Services
+from wsgateway.wire import CloseCode
+
+log = logging.getLogger(__name__)
+
+TICK = 0.1
+"""Seconds between two looks at what is due: the error of every deadline."""
+
+BATCH = 200
+"""Connections closed or checked at once, about 10 ms, before others get their turn."""
+
+OUR_CODES = frozenset({1000, 1001, 1002, 1005, 1006, 1007, 1008, 1009, 1011, 1012, *CloseCode})
+"""Close codes that are counted by name; a peer may send 4,000 others."""
+
+REASONS = {"device": CloseCode.RESTART}
+"""Close codes of a token's changes other than its end: a device that moved is to come back."""
+
+
+class Listener:
+    """The device socket of one instance; what connections call is the `Door` port."""
+
+    def __init__(
+        self,
+        config: Config,
+        admission: Admission,
+        authenticator: Authenticator,
+        gateway: Gateway,
+        services: Services,
+        metrics: Metrics,
+        max_connections: int,
+    ) -> None:
+        self.limits = config.limits
+        self.max_pending = config.handlers.max_pending
+        self.metrics = metrics
+        self.services = services
+        self.gateway = gateway
+        self._config = config
+        self._admission = admission
+        self._authenticator = authenticator
+        self._max_connections = max_connections
+        self._connections: dict[Connection, str] = {}  # with the address
+        self._handshakes: dict[Connection, float] = {}  # with the deadline, oldest first
+        self._closing: dict[Connection, float] = {}  # with the deadline, oldest first
+        self._congested: set[Connection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._recheck = asyncio.Event()
+        self._all_gone = asyncio.Event()
+        slots = max(1, round(config.keepalive.interval / TICK))
+        self._wheel: list[set[Connection]] = [set() for _ in range(slots)]
+        self._next_slot = 0
+        self._allowed_silence = math.ceil(config.keepalive.timeout / config.keepalive.interval)
+
+    @property
+    def connections(self) -> int:
+        """Connections that are open, in their handshake or closing."""
+        return len(self._connections)
+
+    def recheck_tokens(self) -> None:
+        """Soon compare every connection's token with the database, which has changed."""
+        self._recheck.set()
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[list[tuple[str, int]]]:
+        """Listen; the addresses. On leaving, nobody is accepted any more and everybody is gone.
+
+        Raises:
+            StartError: the address cannot be listened on.
+
+        """
+        server = self._config.server
+        loop = asyncio.get_running_loop()
+        try:
+            sockets = await loop.create_server(
+                lambda: Connection(self), server.host, server.port, backlog=server.backlog
+            )
+        except OSError as error:
+            raise StartError(
+                f"cannot listen on {server.host}:{server.port}: {_why(error)}: "
+                "stop what uses it, or set server.port"
+            ) from None
+        async with asyncio.TaskGroup() as tasks:
+            workers = [tasks.create_task(self._tick()), tasks.create_task(self._cut_ended())]
+            try:
+                yield [each.getsockname()[:2] for each in sockets.sockets]
+                sockets.close()
+                await self._drain()
+            finally:
+                sockets.close()
+                for worker in workers:
+                    worker.cancel()
+                for task in self._tasks:
+                    task.cancel()
+                for connection in list(self._connections):
+                    connection.abort("drain")
+
+    # The Door port.
+
+    def arrived(self, connection: Connection) -> None:
+        """A connection was accepted."""
+        self.metrics.accepted += 1
+        address = connection.address
+        self._connections[connection] = address
+        self._admission.enter(address)
+        self._handshakes[connection] = monotonic() + self.limits.handshake_timeout
+        connection.wheel_slot = self.metrics.accepted % len(self._wheel)
+        if len(self._connections) > self._max_connections + self.limits.descriptor_reserve // 2:
+            self.metrics.refused["descriptors"] += 1
+            connection.abort("descriptors")
+
+    def requested(self, connection: Connection, request: Request) -> None:
+        """A connection's request is complete."""
+        refusal = None
+        if self._admission.draining:
+            refusal = "draining"
+        elif len(self._connections) > self._max_connections:
+            refusal = "full"
+        elif len(self._handshakes) > self.limits.handshakes:
+            refusal = "handshakes"
+        elif self._admission.crowded(self._connections[connection]):
+            refusal = "address_full"
+        self._keep(asyncio.create_task(self._decide(connection, request, refusal)))
+
+    def congested(self, connection: Connection) -> None:
+        """A connection's peer reads more slowly than is written."""
+        self._congested.add(connection)
+
+    def closing(self, connection: Connection) -> None:
+        """A connection said its last word."""
+        self._handshakes.pop(connection, None)
+        self._closing.setdefault(connection, monotonic() + self._config.keepalive.close_timeout)
+
+    def spawn(self, connection: Connection) -> asyncio.Task[None]:
+        """Run a connection's handlers."""
+        return self._keep(asyncio.create_task(connection.work()))
+
+    def lost(self, connection: Connection) -> None:
+        """A connection is gone."""
+        address = self._connections.pop(connection)
+        self._handshakes.pop(connection, None)
+        self._closing.pop(connection, None)
+        self._congested.discard(connection)
+        self._wheel[connection.wheel_slot].discard(connection)
+        self._admission.leave(connection, address)
+        if not self._connections:
+            self._all_gone.set()
+        if connection.identity is not None:
+            code = connection.close_code
+            self.metrics.closed[str(code) if code in OUR_CODES else "other"] += 1
+            log.info(
+                "device out user=%s device=%s code=%s seconds=%.1f messages=%s id=%s",
+                connection.user_id, connection.device_id, code,
+                monotonic() - connection.opened_at, connection.messages, connection.id,
+            )  # fmt: skip
+
+    # What is due.
+
+    async def _decide(self, connection: Connection, request: Request, refusal: str | None) -> None:
+        await self._admission.decide(connection, request, refusal)
+        if connection.phase is Phase.OPEN:
+            self._handshakes.pop(connection, None)
+            self._wheel[connection.wheel_slot].add(connection)
+
+    async def _tick(self) -> None:
+        """Look at what is due, for ever. A late tick makes up for the slots it missed."""
+        slot_seconds = self._config.keepalive.interval / len(self._wheel)
+        next_slot_at = monotonic() + slot_seconds
+        while True:
+            await asyncio.sleep(min(TICK, slot_seconds))
+            now = monotonic()
+            self._expire(self._handshakes, now, "handshake_timeout")
+            self._expire(self._closing, now, "close_timeout")
+            self._cut_stalled(now)
+            missed = 0
+            while next_slot_at <= now and missed < len(self._wheel):
+                next_slot_at += slot_seconds
+                missed += 1
+                await self._visit_slot()
+            if missed == len(self._wheel):
+                next_slot_at = now + slot_seconds
+
+    def _expire(self, deadlines: dict[Connection, float], now: float, reason: str) -> None:
+        late = []
+        for connection, deadline in deadlines.items():
+            if deadline > now:
+                break
+            late.append(connection)
+        for connection in late:
+            del deadlines[connection]
+            if reason == "handshake_timeout":
+                self.metrics.refused[reason] += 1
+            connection.abort(reason)
+
+    def _cut_stalled(self, now: float) -> None:
+        for connection in list(self._congested):
+            if not connection.is_congested:
+                self._congested.discard(connection)
+            elif connection.stalled(now, self.limits.outbound_stall):
+                connection.abort("stalled")
+
+    async def _visit_slot(self) -> None:
+        slot = self._wheel[self._next_slot]
+        self._next_slot = (self._next_slot + 1) % len(self._wheel)
+        wall = time.time()
+        for number, connection in enumerate(list(slot), 1):
+            identity = connection.identity
+            if identity and identity.expires_at is not None and identity.expires_at <= wall:
+                connection.close(CloseCode.TOKEN_ENDED, "expired")
+            elif not connection.keepalive(self._allowed_silence):
+                connection.close(CloseCode.NO_PONG, "no pong in time")
+            if number % BATCH == 0:
+                await asyncio.sleep(0)
+
+    async def _cut_ended(self) -> None:
+        """After a change of the database, end the connections whose token it ended."""
+        while True:
+            await self._recheck.wait()
+            self._recheck.clear()
+            holders: dict[int, list[Connection]] = {}
+            identities: list[Identity] = []
+            for connection in self._connections:
+                if connection.identity is not None and connection.phase is Phase.OPEN:
+                    holders.setdefault(connection.identity.token_id, []).append(connection)
+                    identities.append(connection.identity)
+            try:
+                changed = await self._authenticator.changed(identities)
+            except StoreError:
+                continue  # lost meanwhile; when it is back there is another call
+            for token_id, reason in changed.items():
+                log.info("token ended token=%s reason=%s", token_id, reason)
+                for connection in holders[token_id]:
+                    connection.close(REASONS.get(reason, CloseCode.TOKEN_ENDED), reason)
+
+    async def _drain(self) -> None:
+        """Tell every device to come back, spread over the first part of the window, then wait."""
+        self._admission.draining = True
+        window = self._config.drain.window
+        end = monotonic() + window
+        log.info("draining connections=%s seconds=%g", len(self._connections), window)
+        waiting = list(self._connections)
+        pauses = max(1, int(window * 0.5 / TICK))
+        batch = max(BATCH, math.ceil(len(waiting) / pauses))
+        while waiting and monotonic() < end:
+            part, waiting = waiting[:batch], waiting[batch:]
+            for connection in part:
+                retry_ms = random.randint(0, max(1, int(window * 1000)))  # noqa: S311 - spreads
+                if connection.phase is Phase.OPEN:
+                    connection.close(CloseCode.RESTART, f'{{"retry_ms":{retry_ms}}}')
+            if waiting:
+                await asyncio.sleep(TICK)
+        self._all_gone.clear()
+        if self._connections:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(end - monotonic()):
+                    await self._all_gone.wait()
+
+    def _keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a connection's task failed", exc_info=task.exception())
+
+
+def _why(error: OSError) -> str:
+    """The system's word for an error; create_server() hides it in a longer sentence."""
+    known = {98: "the port is in use", 13: "not permitted (ports below 1024 need a capability)"}
+    if isinstance(error, socket.gaierror):
+        return "no such host"
+    return known.get(error.errno or 0, error.strerror or "refused")

@@ -1,0 +1,182 @@
+"""Logging, set up once: one line per event, written by a thread of its own.
+
+Only this module says how a line looks and how many there may be. It knows nothing of what is
+logged. A log that is slower than the gateway (a full pipe, a stuck disk) loses lines, counted, and
+never holds the loop; one bad client cannot write more than a line a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from logging.handlers import QueueHandler, QueueListener
+
+import orjson
+
+from wsgateway.config import Log
+from wsgateway.metrics import Metrics
+
+MAX_WAITING = 10_000
+"""Lines that may wait for the writer; about 5 MB."""
+
+MAX_LENGTH = 2048
+"""Characters of one message; a traceback comes on top."""
+
+BURST = 20
+"""Lines of one kind that are written at once; then one a second, with the number left out."""
+
+MAX_KINDS = 1000
+"""Kinds of lines that are told apart; the one not seen longest is forgotten."""
+
+QUIET = ("websockets", "aiosqlite", "asyncio")
+"""Libraries that log requests, and so tokens, or every call at their lower levels."""
+
+_PRIORITY = {10: 7, 20: 6, 30: 4, 40: 3, 50: 2}  # of syslog, for the journal
+_COLOUR = {30: "\x1b[33m", 40: "\x1b[31m", 50: "\x1b[31m"}
+
+
+class RepeatFilter(logging.Filter):
+    """Lets a burst of each kind of line pass, then one a second that says how many were left out.
+
+    A kind is a template with its arguments' key, ``user=`` if it has one: a device that comes and
+    goes all the time must not hide the others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kinds: OrderedDict[object, list[float]] = OrderedDict()  # [tokens, at, left out]
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        args = record.args if isinstance(record.args, tuple) else ()
+        by_user = "user=%s" in str(record.msg) and args
+        kind = (record.name, str(record.msg), args[0] if by_user else None)
+        now = time.monotonic()
+        state = self._kinds.get(kind)
+        if state is None:
+            state = self._kinds[kind] = [float(BURST), now, 0.0]
+            if len(self._kinds) > MAX_KINDS:
+                self._kinds.popitem(last=False)
+        else:
+            self._kinds.move_to_end(kind)
+        state[0] = min(float(BURST), state[0] + now - state[1])
+        state[1] = now
+        if state[0] < 1:
+            state[2] += 1
+            return False
+        state[0] -= 1
+        if state[2]:
+            record.msg = f"{record.msg} (and {int(state[2])} more like this)"
+            state[2] = 0.0
+        return True
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people: time and level unless the journal adds them, message, traceback."""
+
+    def __init__(self, *, journal: bool = False, colour: bool = False) -> None:
+        super().__init__()
+        self._journal = journal
+        self._colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = _one_line(record.getMessage())
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        if self._journal:
+            prefix = f"<{_PRIORITY.get(record.levelno, 6)}>"
+            return "\n".join(prefix + line for line in text.splitlines())
+        level = record.levelname.lower()
+        if self._colour and record.levelno in _COLOUR:
+            level = f"{_COLOUR[record.levelno]}{level}\x1b[0m"
+        return f"{_time(record)} {level} {text}"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, exception if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": _one_line(record.getMessage()),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line).decode()
+
+
+class _BoundedQueueHandler(QueueHandler):
+    """Hands lines to the writer's thread, and counts those it has no room for."""
+
+    def __init__(self, lines: queue.Queue[logging.LogRecord], metrics: Metrics) -> None:
+        super().__init__(lines)
+        self._metrics = metrics
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record  # formatted by the writer's thread: arguments are plain values
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            super().enqueue(record)
+        except queue.Full:
+            self._metrics.log_lines_dropped += 1
+
+
+@contextlib.contextmanager
+def writing(settings: Log, metrics: Metrics) -> Iterator[None]:
+    """Write the log to standard error until leaving; then write what still waits."""
+    target = logging.StreamHandler(sys.stderr)
+    target.setFormatter(_formatter(settings))
+    lines: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING)
+    entrance = _BoundedQueueHandler(lines, metrics)
+    entrance.addFilter(RepeatFilter())
+    root = logging.getLogger()
+    root.handlers = [entrance]
+    root.setLevel(settings.level.upper())
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    writer = QueueListener(lines, target)
+    writer.start()
+    try:
+        yield
+    finally:
+        root.handlers = []
+        writer.stop()
+
+
+def _formatter(settings: Log) -> logging.Formatter:
+    if settings.format == "json":
+        return JsonFormatter()
+    journal = settings.format == "auto" and _is_journal()
+    colour = settings.format == "auto" and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    return TextFormatter(journal=journal, colour=colour)
+
+
+def _is_journal() -> bool:
+    """Whether standard error goes to the journal, as systemd says ($JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+
+
+def _one_line(text: str) -> str:
+    """Text that cannot forge another line or command a terminal (CWE-117)."""
+    if len(text) > MAX_LENGTH:
+        text = text[:MAX_LENGTH] + "..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
