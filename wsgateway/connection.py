@@ -101,6 +101,7 @@ class Connection(asyncio.Protocol):
         "_closing_bytes",
         "_congested",
         "_control_frames",
+        "_corked",
         "_door",
         "_drained",
         "_early",
@@ -144,6 +145,7 @@ class Connection(asyncio.Protocol):
         self._fragments: list[bytes] | None = None
         self._pending: deque[Wait] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._corked: list[bytes] | None = None
         self._congested = False
         self._written = self._drained = 0
         self._progress_at = 0.0
@@ -362,8 +364,17 @@ class Connection(asyncio.Protocol):
         self._end_of_output()
 
     def _read(self, data: bytes, now: float) -> None:
-        """Handle what was read while OPEN; what is left when reading pauses is held."""
+        """Handle what was read while OPEN, and answer all of it with one write.
+
+        What is left when reading pauses is held.
+        """
+        self._corked = []
         position = self._read_plain(data, now)
+        if position < len(data):
+            self._read_through_core(data, position, now)
+        self._uncork()
+
+    def _read_through_core(self, data: bytes, position: int, now: float) -> None:
         for start in range(position, len(data), CORE_SLICE):
             if self._paused:
                 assert self._held is not None
@@ -479,7 +490,9 @@ class Connection(asyncio.Protocol):
 
     def _perform(self, action: Action) -> None:
         if type(action) is bytes:
-            self._send_text(action)
+            if self.phase is Phase.OPEN:
+                self._metrics.sent += 1
+                self._write(wire.text_frame(action))
         elif type(action) is Wait:
             self._wait(action)
         elif type(action) is Stop:
@@ -542,6 +555,9 @@ class Connection(asyncio.Protocol):
         return sent
 
     def _write(self, data: bytes) -> None:
+        if self._corked is not None:
+            self._corked.append(data)
+            return
         self._written += len(data)
         self._metrics.sent_bytes += len(data)
         self._transport.write(data)
@@ -549,6 +565,12 @@ class Connection(asyncio.Protocol):
             waiting = self._transport.get_write_buffer_size()
             if waiting > self._door.limits.outbound_bytes:
                 self.abort("slow")
+
+    def _uncork(self) -> None:
+        """Write what was kept back while reading."""
+        corked, self._corked = self._corked, None
+        if corked and not self._transport.is_closing():
+            self._write(corked[0] if len(corked) == 1 else b"".join(corked))
 
     def _flush(self) -> None:
         """Write what the core wants to say."""
@@ -583,6 +605,7 @@ class Connection(asyncio.Protocol):
         if self.phase is Phase.HANDSHAKE:
             self.phase = Phase.CLOSING
             self._door.closing(self)
+        self._uncork()
         if self._transport.can_write_eof():
             self._transport.write_eof()
         else:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple
+from functools import lru_cache
+from time import time_ns
+from typing import Any, Final
 
 import orjson
 
@@ -62,13 +64,6 @@ class Absent(enum.Enum):
 ABSENT: Final = Absent.ABSENT
 
 
-class Message(NamedTuple):
-    """A message of a device: ``{"type": str, "message": any, "timestamp": ISO time or null}``."""
-
-    type: str
-    message: Any
-
-
 class WireError(Exception):
     """A message that cannot be understood, as its sender is told."""
 
@@ -83,8 +78,18 @@ class NotUtf8(Exception):
 
 
 def timestamp() -> str:
-    """Now, as every message carries it: ISO 8601, UTC, with microseconds and offset."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
+    """Now, as every message carries it: ISO 8601, UTC, with microseconds and offset.
+
+    As datetime.isoformat() says it, at a fifth of its price: all but the fraction is kept for the
+    rest of its second.
+    """
+    second, nanoseconds = divmod(time_ns(), 1_000_000_000)
+    return f"{_to_the_second(second)}.{nanoseconds // 1000:06d}+00:00"
+
+
+@lru_cache(maxsize=2)
+def _to_the_second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
@@ -130,8 +135,11 @@ def longer_than(payload: bytes, characters: int) -> bool:
         raise NotUtf8 from None
 
 
-def parse(payload: bytes) -> Message:
-    """Read a message of a device.
+def parse(payload: bytes) -> tuple[str, Any]:
+    """Read a message of a device: ``{"type": str, "message": any, "timestamp": ISO time or null}``.
+
+    Returns:
+        Its type and its message, which is ABSENT where it has none.
 
     Raises:
         NotUtf8: the payload is not UTF-8.
@@ -159,7 +167,7 @@ def parse(payload: bytes) -> Message:
     sent_at = document.get("timestamp")
     if sent_at is not None and not _is_time(sent_at):
         raise invalid({"timestamp": ["Not a valid datetime."]})
-    return Message(kind, document.get("message", ABSENT))
+    return kind, document.get("message", ABSENT)
 
 
 def invalid(errors: Mapping[str, list[str]]) -> WireError:

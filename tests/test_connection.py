@@ -1,0 +1,177 @@
+"""The fast path and the core say the same, whatever the bytes and wherever they are cut."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from websockets.frames import Frame, Opcode
+
+from wsgateway import config, connection, handlers
+from wsgateway.auth import Identity
+from wsgateway.connection import Connection
+from wsgateway.limits import Window
+from wsgateway.metrics import Metrics
+from wsgateway.session import Rules, Session
+
+REQUEST = (
+    b"GET /ws/device/ HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+LIMITS = config.Limits(messages=30, message_characters=50, message_bytes=1000, fragments=4)
+RULES = Rules(handlers.load(()), LIMITS.message_characters, 5, Metrics())
+
+
+class Wire(asyncio.Transport):
+    """A transport whose peer reads everything at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = bytearray()
+        self.ended = False
+
+    def write(self, data: Any) -> None:
+        assert not self.ended
+        self.written += data
+
+    def write_eof(self) -> None:
+        self.ended = True
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def abort(self) -> None:
+        self.ended = True
+
+    close = abort
+
+    def is_closing(self) -> bool:
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+
+
+class OpenDoor:
+    """A door that lets everybody in."""
+
+    limits = LIMITS
+    max_pending = 16
+    metrics = Metrics()
+    services: Any = None
+    gateway: Any = None
+
+    def requested(self, device: Connection, request: Any) -> None:
+        session = Session(RULES, Window(LIMITS.messages, 60), device)
+        device.open(device.core.accept(request), Identity(1, 1, 1, None, 1), session)
+        device.listen()
+
+    def arrived(self, device: Connection) -> None: ...
+    def congested(self, device: Connection) -> None: ...
+    def closing(self, device: Connection) -> None: ...
+    def lost(self, device: Connection) -> None: ...
+    def spawn(self, device: Connection) -> Any: ...
+
+
+def answers(reads: Sequence[bytes]) -> tuple[bytes, bool, int]:
+    """What a connection writes for what it reads: bytes without times, half-closed, close code."""
+    device, wire = Connection(OpenDoor()), Wire()
+    device.connection_made(wire)
+    device.data_received(REQUEST)
+    handshake_length = len(wire.written)
+    for read in reads:
+        device.data_received(read)
+    said = bytes(wire.written[handshake_length:])
+    return re.sub(rb"\d{4}-\d\d-\d\dT[\d:.]+", b"TIME", said), wire.ended, device.close_code
+
+
+def masked(opcode: Opcode, data: bytes, fin: bool = True) -> bytes:
+    return Frame(opcode, data, fin).serialize(mask=True)
+
+
+messages = st.sampled_from(
+    [
+        orjson.dumps({"type": "ping"}),
+        orjson.dumps({"type": "ping", "message": "x" * 30}),
+        orjson.dumps({"type": "sing", "message": {"song": "鱼"}}),
+        orjson.dumps({"type": "nope", "message": "y" * 120}),
+        b"{",
+        b"",
+        b"\xff\xfe",
+        b"z" * 999,
+        b"z" * 1001,
+    ]
+)
+frames = st.one_of(
+    messages.map(lambda data: masked(Opcode.TEXT, data)),
+    messages.map(lambda data: masked(Opcode.TEXT, data)),
+    st.tuples(
+        st.sampled_from([Opcode.TEXT, Opcode.BINARY, Opcode.CONT]), messages, st.booleans()
+    ).map(lambda parts: masked(*parts)),
+    st.tuples(st.sampled_from([Opcode.PING, Opcode.PONG]), st.binary(max_size=125)).map(
+        lambda parts: masked(*parts)
+    ),
+    st.sampled_from([b"", b"\x03", b"\x03\xe8", b"\x03\xe9bye", b"\x03\xed", b"\x0f\xa1\xff"]).map(
+        lambda data: masked(Opcode.CLOSE, data)
+    ),
+    messages.map(lambda data: Frame(Opcode.TEXT, data).serialize(mask=False)),
+    messages.map(lambda data: b"\xc1" + masked(Opcode.TEXT, data)[1:]),  # with RSV1
+    st.just(b"\x81\xfe\x00\x02abcd" + b"{}"),  # a length that is longer than it need be
+    st.just(b"\x81\xff\x7f\xff\xff\xff\xff\xff\xff\xff"),
+    st.binary(max_size=20),
+)
+
+
+@given(st.lists(frames, max_size=40), st.lists(st.integers(0, 3000), max_size=12))
+@example([masked(Opcode.TEXT, b'{"type":"ping"}')] * 40, [])
+def test_the_fast_path_and_the_core_say_the_same(frames: list[bytes], cuts: list[int]) -> None:
+    stream = b"".join(frames)
+    places = [0, *sorted(cut for cut in cuts if cut < len(stream)), len(stream)]
+    reads = [stream[a:b] for a, b in pairwise(places) if a < b]
+    with pytest.MonkeyPatch.context() as patch:
+        fast = answers(reads)
+        whole = answers([stream] if stream else [])
+        patch.setattr(connection, "FAST_PATH", False)
+        slow = answers(reads)
+    assert fast == slow
+    assert whole[2] == slow[2]
+
+
+def test_this_library_has_what_the_fast_path_reads() -> None:
+    assert connection.FAST_PATH
+
+
+def test_frames_that_come_with_the_request_are_answered() -> None:
+    device, wire = Connection(OpenDoor()), Wire()
+    device.connection_made(wire)
+    device.data_received(REQUEST + masked(Opcode.TEXT, b'{"type":"ping"}') + b"\x81")
+    device.data_received(masked(Opcode.TEXT, b'{"type":"ping"}')[1:])
+    assert bytes(wire.written).count(b'"pong"') == 2
+
+
+def test_the_answers_to_one_read_are_one_write() -> None:
+    writes = 0
+
+    class CountingWire(Wire):
+        def write(self, data: Any) -> None:
+            nonlocal writes
+            writes += 1
+            super().write(data)
+
+    device, wire = Connection(OpenDoor()), CountingWire()
+    device.connection_made(wire)
+    device.data_received(REQUEST)
+    writes = 0
+    device.data_received(masked(Opcode.TEXT, b'{"type":"ping"}') * 10)
+    assert (writes, bytes(wire.written).count(b'"pong"')) == (1, 10)
