@@ -14,9 +14,11 @@ if [ -z "$python" ]; then
 fi
 
 extras="${EXTRAS:-}"
-wanted="$(cksum < pyproject.toml) $(pwd)"
-stamp=".venv/wsgateway${extras:+-$extras}.stamp"
-if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+wanted="$(cksum < pyproject.toml) $(pwd) $extras"
+stamp=.venv/wsgateway.stamp
+case "$(cat "$stamp" 2> /dev/null || true)" in
+"$wanted"*) ;; # with these extras, or, where none are wished for, with any
+*)
     echo "Setting up .venv ..." >&2
     "$python" -m venv .venv || {
         echo "Python's venv module is missing (on Debian: apt install python3-venv)." >&2
@@ -24,4 +26,5 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     }
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}" >&2
     echo "$wanted" > "$stamp"
-fi
+    ;;
+esac

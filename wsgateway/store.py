@@ -5,6 +5,7 @@ answers with rows. One file, one schema version; a token is stored as the SHA-25
 
 SQLite before 3.51.3 can corrupt a WAL when two connections checkpoint at once, so no connection
 checkpoints by itself and writers take turns under a file lock, checkpointing before they leave.
+Longer than 400 lines because SQL belongs in one place.
 """
 
 from __future__ import annotations
