@@ -100,24 +100,25 @@ class Admission:
                     handshake.json_response(HTTPStatus.INTERNAL_SERVER_ERROR, error_response)
                 )
 
-    def enter(self, address: str) -> None:
-        self._addresses[address] += 1
+    def enter(self, connection: Connection) -> None:
+        """Count a connection that was accepted."""
+        self._addresses[connection.address] += 1
 
-    def leave(self, connection: Connection, address: str) -> None:
+    def leave(self, connection: Connection) -> None:
         """Forget a connection that is lost, except for what its device may still send."""
-        self._addresses[address] -= 1
-        if not self._addresses[address]:
-            del self._addresses[address]
+        self._addresses[connection.address] -= 1
+        if not self._addresses[connection.address]:
+            del self._addresses[connection.address]
         identity, session = connection.identity, connection.session
         if identity is not None and session is not None:
             self._gateway.leave(connection, identity.user_id, identity.device_id)
             self.departed.leave(_owner(identity), session.window, monotonic())
             self._metrics.forgotten_windows = self.departed.forgotten
 
-    def crowded(self, address: str) -> bool:
-        """Whether an address has all the connections it may have."""
+    def crowded(self, connection: Connection) -> bool:
+        """Whether a connection's address has more than it may have."""
         limit = self._config.limits.connections_per_ip
-        return bool(limit) and self._addresses[address] > limit
+        return bool(limit) and self._addresses[connection.address] > limit
 
     def _plain(self, route: Route, request: Request) -> Response:
         if route is Route.NOWHERE:

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from wsgateway import config, store
 from wsgateway.errors import Refused, StoreBusy, StoreError
@@ -35,6 +35,9 @@ BATCH: Final = 100
 
 RETRY_AFTER: Final = 2
 """Seconds that a client refused for the gateway's own trouble is asked to wait."""
+
+DEADLINE_STEP: Final = 0.1
+"""Seconds between two looks at who waited too long."""
 
 RETRY_PAUSE: Final = 0.05
 """Seconds between two tries at a locked database."""
@@ -78,6 +81,23 @@ def ended(row: TokenRow | None, now: float) -> str | None:
     return None if row.scope == "device" else "scope"
 
 
+class _LookUp(NamedTuple):
+    """A token that is being looked up, for all who wait for it."""
+
+    deadline: float
+    answers: list[asyncio.Future[TokenRow | None]]
+
+    def answer(self, row: TokenRow | None) -> None:
+        for answer in self.answers:
+            if not answer.done():  # a client that left has cancelled its own
+                answer.set_result(row)
+
+    def give_up(self) -> None:
+        for answer in self.answers:
+            if not answer.done():
+                answer.set_exception(Refused("database", RETRY_AFTER))
+
+
 class Authenticator:
     """Answers whom a token stands for, from a short-lived cache or the database."""
 
@@ -88,9 +108,10 @@ class Authenticator:
         self._store: Store | None = None
         self._exit = contextlib.AsyncExitStack()
         self._epoch = 0
+        self._in_flight = 0
         self._seen_changes = 0
         self._damaged = False
-        self._waiting: dict[str, asyncio.Future[TokenRow | None]] = {}
+        self._waiting: dict[str, _LookUp] = {}  # oldest first
         self._arrived = asyncio.Event()
         self._cache: OrderedDict[str, tuple[float, Identity]] = OrderedDict()
 
@@ -158,6 +179,7 @@ class Authenticator:
         async with asyncio.TaskGroup() as tasks:
             workers = [
                 tasks.create_task(self._answer_look_ups()),
+                tasks.create_task(self._give_up_late()),
                 tasks.create_task(self._watch(on_change)),
             ]
             try:
@@ -172,19 +194,20 @@ class Authenticator:
         self._cache.clear()
 
     async def _look_up(self, token_hash: str) -> TokenRow | None:
-        answer = self._waiting.get(token_hash)
-        if answer is None:
-            if len(self._waiting) >= self._settings.max_lookups:
-                raise Refused("lookups", RETRY_AFTER)
-            answer = self._waiting[token_hash] = asyncio.get_running_loop().create_future()
+        if self._in_flight >= self._settings.max_lookups:
+            raise Refused("lookups", RETRY_AFTER)
+        look_up = self._waiting.get(token_hash)
+        if look_up is None:
+            deadline = time.monotonic() + self._settings.lookup_timeout
+            look_up = self._waiting[token_hash] = _LookUp(deadline, [])
             self._arrived.set()
+        answer: asyncio.Future[TokenRow | None] = asyncio.get_running_loop().create_future()
+        look_up.answers.append(answer)
+        self._in_flight += 1
         try:
-            async with asyncio.timeout(self._settings.lookup_timeout):
-                return await asyncio.shield(answer)  # others may wait for the same answer
-        except TimeoutError:
-            self._metrics.lookups["failed"] += 1
-            self._waiting.pop(token_hash, None)
-            raise Refused("database", RETRY_AFTER) from None
+            return await answer
+        finally:
+            self._in_flight -= 1
 
     async def _answer_look_ups(self) -> None:
         while True:
@@ -204,9 +227,19 @@ class Authenticator:
                     continue
                 self._metrics.lookups["database"] += len(batch)
                 for token_hash in batch:
-                    answer = self._waiting.pop(token_hash, None)
-                    if answer is not None:
-                        answer.set_result(rows.get(token_hash))
+                    look_up = self._waiting.pop(token_hash, None)
+                    if look_up is not None:
+                        look_up.answer(rows.get(token_hash))
+
+    async def _give_up_late(self) -> None:
+        """Refuse those who waited too long; one timer for all, as there may be thousands."""
+        while True:
+            await asyncio.sleep(DEADLINE_STEP)
+            now = time.monotonic()
+            late = [hash_ for hash_, each in self._waiting.items() if each.deadline <= now]
+            for token_hash in late:
+                self._metrics.lookups["failed"] += 1
+                self._waiting.pop(token_hash).give_up()
 
     async def _watch(self, on_change: Callable[[], None]) -> None:
         """Notice changes by other processes, and open the database again when it was lost."""

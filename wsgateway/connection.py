@@ -116,6 +116,7 @@ class Connection(asyncio.Protocol):
         "_task",
         "_transport",
         "_written",
+        "address",
         "core",
         "heard_at",
         "identity",
@@ -134,6 +135,7 @@ class Connection(asyncio.Protocol):
             logger=CORE_LOG,
         )
         self.phase = Phase.HANDSHAKE
+        self.address = ""
         self.identity: Identity | None = None
         self.heard_at = self.opened_at = monotonic()
         self.messages = 0
@@ -182,12 +184,6 @@ class Connection(asyncio.Protocol):
     def session(self) -> Session | None:
         """What the device may do; None before it is let in and after it is lost."""
         return self._session
-
-    @property
-    def address(self) -> str:
-        """The peer's IP address."""
-        peer = self._transport.get_extra_info("peername")
-        return str(peer[0]) if peer else "unknown"
 
     @property
     def close_code(self) -> int:
@@ -282,6 +278,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=PAUSE_AT, low=0)
+        peer = transport.get_extra_info("peername")
+        self.address = str(peer[0]) if peer else "unknown"
         self._door.arrived(self)
 
     def data_received(self, data: bytes) -> None:

@@ -66,7 +66,7 @@ class Listener:
         self._admission = admission
         self._authenticator = authenticator
         self._max_connections = max_connections
-        self._connections: dict[Connection, str] = {}  # with the address
+        self._connections: set[Connection] = set()
         self._handshakes: dict[Connection, float] = {}  # with the deadline, oldest first
         self._closing: dict[Connection, float] = {}  # with the deadline, oldest first
         self._congested: set[Connection] = set()
@@ -126,9 +126,8 @@ class Listener:
     def arrived(self, connection: Connection) -> None:
         """A connection was accepted."""
         self.metrics.accepted += 1
-        address = connection.address
-        self._connections[connection] = address
-        self._admission.enter(address)
+        self._connections.add(connection)
+        self._admission.enter(connection)
         self._handshakes[connection] = monotonic() + self.limits.handshake_timeout
         connection.wheel_slot = self.metrics.accepted % len(self._wheel)
         if len(self._connections) > self._max_connections + self.limits.descriptor_reserve // 2:
@@ -144,7 +143,7 @@ class Listener:
             refusal = "full"
         elif len(self._handshakes) > self.limits.handshakes:
             refusal = "handshakes"
-        elif self._admission.crowded(self._connections[connection]):
+        elif self._admission.crowded(connection):
             refusal = "address_full"
         self._keep(asyncio.create_task(self._decide(connection, request, refusal)))
 
@@ -163,12 +162,12 @@ class Listener:
 
     def lost(self, connection: Connection) -> None:
         """A connection is gone."""
-        address = self._connections.pop(connection)
+        self._connections.discard(connection)
         self._handshakes.pop(connection, None)
         self._closing.pop(connection, None)
         self._congested.discard(connection)
         self._wheel[connection.wheel_slot].discard(connection)
-        self._admission.leave(connection, address)
+        self._admission.leave(connection)
         if not self._connections:
             self._all_gone.set()
         if connection.identity is not None:

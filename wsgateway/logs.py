@@ -29,6 +29,9 @@ MAX_WAITING = 10_000
 MAX_LENGTH = 2048
 """Characters of one message; a traceback comes on top."""
 
+MAX_JOINED = 100
+"""Lines written at once."""
+
 BURST = 20
 """Lines of one kind that are written at once; then one a second, with the number left out."""
 
@@ -130,20 +133,42 @@ class _BoundedQueueHandler(QueueHandler):
             self._metrics.log_lines_dropped += 1
 
 
+class _Writer(QueueListener):
+    """Writes lines in its thread, joined while more are waiting: a write costs more than a line."""
+
+    def __init__(self, lines: queue.Queue[logging.LogRecord], formatter: logging.Formatter) -> None:
+        super().__init__(lines)
+        self._lines = lines
+        self._formatter = formatter
+        self._joined: list[str] = []
+
+    def handle(self, record: logging.LogRecord) -> None:
+        try:
+            self._joined.append(self._formatter.format(record))
+        except (TypeError, ValueError, KeyError) as error:  # a handler's arguments do not fit
+            self._joined.append(f"unreadable log line from {record.name}: {error}")
+        if self._lines.empty() or len(self._joined) >= MAX_JOINED:
+            lines, self._joined = self._joined, []
+            with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more
+                sys.stderr.write("\n".join(lines) + "\n")
+                sys.stderr.flush()
+
+
 @contextlib.contextmanager
 def writing(settings: Log, metrics: Metrics) -> Iterator[None]:
     """Write the log to standard error until leaving; then write what still waits."""
-    target = logging.StreamHandler(sys.stderr)
-    target.setFormatter(_formatter(settings))
     lines: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING)
     entrance = _BoundedQueueHandler(lines, metrics)
     entrance.addFilter(RepeatFilter())
+    # What no line of ours shows need not be found out for each (logging HOWTO, "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     root = logging.getLogger()
     root.handlers = [entrance]
     root.setLevel(settings.level.upper())
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
-    writer = QueueListener(lines, target)
+    writer = _Writer(lines, _formatter(settings))
     writer.start()
     try:
         yield

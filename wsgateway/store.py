@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ APPLICATION_ID = 0x77736777
 
 BUSY_TIMEOUT = 0.25
 """Seconds that one query waits for a lock. Short, as queries wait in one thread, one after the other."""
+
+INTACT_SECONDS = 0.01
+"""How long it is believed that the file is still there: thousands connect in a second."""
 
 LOCK_TIMEOUT = 5.0
 """Seconds that a command waits for another command that is writing."""
@@ -111,13 +115,19 @@ class Store:
         self.path = path
         self._connection = connection
         self._file = _file_id(path)
+        self._is_intact = False
+        self._look_again_at = 0.0
 
     def intact(self) -> bool:
-        """Whether the path still names the file that is open.
+        """Whether the path still names the file that is open, as of 10 ms ago at most.
 
-        A deleted file would go on answering. One stat() of a local file, about a microsecond.
+        A deleted file would go on answering. One stat() of a local file, a few microseconds.
         """
-        return self._file is not None and _file_id(self.path) == self._file
+        now = time.monotonic()
+        if now >= self._look_again_at:
+            self._is_intact = self._file is not None and _file_id(self.path) == self._file
+            self._look_again_at = now + INTACT_SECONDS
+        return self._is_intact
 
     async def change_count(self) -> int:
         """A number that differs once another process has changed the database."""
