@@ -117,3 +117,24 @@ async def test_a_large_fan_out_lets_others_have_their_turn() -> None:
     assert delivery.written == 1000
     assert metrics.fanout_slices >= 5
     assert turns >= metrics.fanout_slices
+
+
+class BrokenInbox(Inbox):
+    """A member that fails in a way nobody foresaw."""
+
+    def push(self, data: bytes) -> bool:
+        raise RuntimeError("unforeseen")
+
+
+async def test_a_member_that_fails_does_not_end_the_fan_out() -> None:
+    inbox = Inbox()
+    hub, fanout, _ = group_of(inbox)
+    hub.join("broken", BrokenInbox())
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+    fanout.post("broken", b"1")
+    last = fanout.post("g", b"2")
+    assert (await last).written == 1
+    assert (await fanout.post("g", b"3")).written == 1
+    assert inbox.writes == [b"2", b"3"]
+    assert len(failures) == 1

@@ -196,8 +196,8 @@ class Connection(asyncio.Protocol):
 
     def push(self, data: bytes) -> bool:
         """Put whole frames on the way; False if the device is gone or too slow. Never waits."""
-        if self.phase is not Phase.OPEN:
-            return False
+        if self.phase is not Phase.OPEN or self._transport.is_closing():
+            return False  # a reset is known to the transport a turn before it is to us
         self._write(data)
         return self.phase is Phase.OPEN
 
@@ -366,13 +366,15 @@ class Connection(asyncio.Protocol):
 
         What is left when reading pauses is held.
         """
-        self._corked = []
         position = self._read_plain(data, now)
         if position < len(data):
             self._read_through_core(data, position, now)
-        self._uncork()
+        if self._corked is not None:
+            self._uncork()
 
     def _read_through_core(self, data: bytes, position: int, now: float) -> None:
+        if self._corked is None:
+            self._corked = []
         for start in range(position, len(data), CORE_SLICE):
             if self._paused:
                 assert self._held is not None
@@ -411,6 +413,8 @@ class Connection(asyncio.Protocol):
             if stop > end or length > cap:
                 break
             position = stop
+            if stop < end and self._corked is None:
+                self._corked = []  # more follows: its answers join this one's
             self._handle_text(apply_mask(data[start + 4 : stop], data[start : start + 4]), now)
             if self._paused or self.phase is not Phase.OPEN:
                 break
@@ -556,6 +560,8 @@ class Connection(asyncio.Protocol):
         if self._corked is not None:
             self._corked.append(data)
             return
+        if self._transport.is_closing():
+            return  # uvloop raises where asyncio ignores
         self._written += len(data)
         self._metrics.sent_bytes += len(data)
         self._transport.write(data)
@@ -567,7 +573,7 @@ class Connection(asyncio.Protocol):
     def _uncork(self) -> None:
         """Write what was kept back while reading."""
         corked, self._corked = self._corked, None
-        if corked and not self._transport.is_closing():
+        if corked:
             self._write(corked[0] if len(corked) == 1 else b"".join(corked))
 
     def _flush(self) -> None:

@@ -116,9 +116,7 @@ class Fanout:
         batch.frames.append(frame)
         batch.deliveries.append(delivery)
         self._bytes += len(frame)
-        if not self._scheduled:
-            self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._flush)
+        self._schedule()
         return delivery
 
     def freeze(self, group: str) -> None:
@@ -127,7 +125,20 @@ class Fanout:
             if batch.group == group and batch.members is None:
                 batch.members = list(self._hub.members(group))
 
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
     def _flush(self) -> None:
+        self._scheduled = False
+        try:
+            self._write_slice()
+        finally:  # whatever one member did, the others get their turn
+            if self._batches:
+                self._schedule()
+
+    def _write_slice(self) -> None:
         deadline = time.perf_counter() + SLICE_SECONDS
         while self._batches:
             batch = self._batches[0]
@@ -141,11 +152,9 @@ class Fanout:
                     batch.written += member.push(batch.data)
                 if batch.members and time.perf_counter() > deadline:
                     self._metrics.fanout_slices += 1
-                    asyncio.get_running_loop().call_soon(self._flush)
                     return
             self._batches.popleft()
             self._finish(batch)
-        self._scheduled = False
 
     def _finish(self, batch: _Batch) -> None:
         metrics = self._metrics

@@ -65,7 +65,9 @@ class Session:
         rules = self._rules
         if not self.window.admit(now):
             return self._over_rate()
-        if wire.longer_than(payload, rules.message_characters):
+        if len(payload) > rules.message_characters and wire.longer_than(
+            payload, rules.message_characters
+        ):
             return self._refuse(ErrorCode.MESSAGE_TOO_LARGE, "Message too large")
         try:
             kind, raw = wire.parse(payload)
@@ -74,7 +76,7 @@ class Session:
                 rules.metrics.received["unknown"] += 1
                 raise wire.unsupported(kind)
             rules.metrics.received[kind] += 1
-            message = found.decode(raw)
+            message = found.decode(raw) if found.takes_message else None
         except wire.WireError as error:
             return self._refuse(error.code, error.text)
         except InvalidMessage as error:
