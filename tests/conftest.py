@@ -44,7 +44,9 @@ class Accounts:
         """A new token of a user."""
         token = auth.new_token()
         async with store.open_to_write(self.path) as db:
-            await db.add_token(auth.hash_token(token), user_id, options.pop("scope", "device"), **options)
+            await db.add_token(
+                auth.hash_token(token), user_id, options.pop("scope", "device"), **options
+            )
         return token
 
     async def add_user(self, name: str, device: str | None = None) -> tuple[int, int | None]:
@@ -94,7 +96,9 @@ class Instance:
         return f"ws://127.0.0.1:{self.port}{path}{query}"
 
     @contextlib.asynccontextmanager
-    async def device(self, token: str | None = None, **options: Any) -> AsyncIterator[ClientConnection]:
+    async def device(
+        self, token: str | None = None, **options: Any
+    ) -> AsyncIterator[ClientConnection]:
         """A connected device that has received its connection_status."""
         async with connect(self.url(token), compression=None, **options) as device:
             status = orjson.loads(await device.recv())
@@ -182,7 +186,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def cli(tmp_path: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def cli(
+    tmp_path: Path, environment: dict[str, str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `wsgateway ARGUMENTS...` in the test's folder."""
 
     def run(*arguments: str, stdin: str = "", **environ: str) -> subprocess.CompletedProcess[str]:

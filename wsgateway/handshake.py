@@ -19,6 +19,7 @@ from websockets.http11 import Request, Response
 from wsgateway.wire import SUBPROTOCOL
 
 _DEVICE = re.compile(r"/ws/device(?:/token/(?P<token>[^/]+)|/(?P<user_id>\d{1,19}))?/?")
+_NEEDS_DECODING = re.compile("[&%+]")
 
 MAX_QUERY_FIELDS = 32
 """Fields of a query that are looked at."""
@@ -99,7 +100,7 @@ def json_response(status: HTTPStatus, document: object) -> Response:
 
 def _subprotocols(headers: Headers) -> list[str]:
     lists = headers.get_all("Sec-WebSocket-Protocol")
-    return [name.strip() for line in lists for name in line.split(",")]
+    return [name.strip() for line in lists for name in line.split(",")] if lists else []
 
 
 def _header_token(headers: Headers) -> str | None:
@@ -112,6 +113,8 @@ def _header_token(headers: Headers) -> str | None:
 
 
 def _query_token(query: str) -> str | None:
+    if query.startswith("token=") and not _NEEDS_DECODING.search(query):
+        return query[6:]
     try:
         fields = parse_qsl(query, max_num_fields=MAX_QUERY_FIELDS)
     except ValueError:

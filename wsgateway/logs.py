@@ -119,24 +119,27 @@ class JsonFormatter(logging.Formatter):
 class _BoundedQueueHandler(QueueHandler):
     """Hands lines to the writer's thread, and counts those it has no room for."""
 
-    def __init__(self, lines: queue.Queue[logging.LogRecord], metrics: Metrics) -> None:
+    def __init__(self, lines: queue.SimpleQueue[logging.LogRecord], metrics: Metrics) -> None:
         super().__init__(lines)
+        self._lines = lines
         self._metrics = metrics
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         return record  # formatted by the writer's thread: arguments are plain values
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        try:
-            super().enqueue(record)
-        except queue.Full:
+        if self._lines.qsize() < MAX_WAITING:
+            self._lines.put(record)
+        else:
             self._metrics.log_lines_dropped += 1
 
 
 class _Writer(QueueListener):
     """Writes lines in its thread, joined while more are waiting: a write costs more than a line."""
 
-    def __init__(self, lines: queue.Queue[logging.LogRecord], formatter: logging.Formatter) -> None:
+    def __init__(
+        self, lines: queue.SimpleQueue[logging.LogRecord], formatter: logging.Formatter
+    ) -> None:
         super().__init__(lines)
         self._lines = lines
         self._formatter = formatter
@@ -157,7 +160,7 @@ class _Writer(QueueListener):
 @contextlib.contextmanager
 def writing(settings: Log, metrics: Metrics) -> Iterator[None]:
     """Write the log to standard error until leaving; then write what still waits."""
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING)
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     entrance = _BoundedQueueHandler(lines, metrics)
     entrance.addFilter(RepeatFilter())
     # What no line of ours shows need not be found out for each (logging HOWTO, "Optimization").
