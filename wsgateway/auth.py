@@ -16,7 +16,6 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -43,8 +42,7 @@ RETRY_PAUSE: Final = 0.05
 """Seconds between two tries at a locked database."""
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """Whom a token stands for. ``expires_at`` is in seconds since 1970, or None.
 
     ``epoch`` counts the database files that were opened: a token that a *replaced* file does not

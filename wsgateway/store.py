@@ -18,9 +18,8 @@ import os
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 import aiosqlite
@@ -88,8 +87,7 @@ _TOKEN_COLUMNS = """
 """
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRow:
+class TokenRow(NamedTuple):
     """A token with its owner, as stored. Times are seconds since 1970, UTC.
 
     ``device_id`` is the token's own device, else the user's primary device, else None.
