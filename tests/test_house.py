@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "wsgateway"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors"},
+    {"errors", "background"},
     {"config", "metrics", "wire", "hub", "limits"},
     {"logs", "store", "providers", "fanout", "handshake"},
     {"handlers", "gateway", "auth"},

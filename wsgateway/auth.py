@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from wsgateway import config, store
+from wsgateway import background, config, store
 from wsgateway.errors import Refused, StoreBusy, StoreError
 from wsgateway.metrics import Metrics
 from wsgateway.store import Store, TokenRow
@@ -173,19 +173,12 @@ class Authenticator:
             StoreError: of the first opening, in one line. Later the database may come and go.
 
         """
-        await self._open()
-        async with asyncio.TaskGroup() as tasks:
-            workers = [
-                tasks.create_task(self._answer_look_ups()),
-                tasks.create_task(self._give_up_late()),
-                tasks.create_task(self._watch(on_change)),
-            ]
-            try:
+        async with self._exit:
+            await self._open()
+            async with background.running(
+                self._answer_look_ups(), self._give_up_late(), self._watch(on_change)
+            ):
                 yield
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await self._exit.aclose()
 
     def forget(self) -> None:
         """Answer the next question about every token from the database."""

@@ -19,6 +19,7 @@ from time import monotonic
 
 from websockets.http11 import Request
 
+from wsgateway import background
 from wsgateway.admission import Admission
 from wsgateway.auth import Authenticator, Identity
 from wsgateway.config import Config
@@ -106,16 +107,13 @@ class Listener:
                 f"cannot listen on {server.host}:{server.port}: {_why(error)}: "
                 "stop what uses it, or set server.port"
             ) from None
-        async with asyncio.TaskGroup() as tasks:
-            workers = [tasks.create_task(self._tick()), tasks.create_task(self._cut_ended())]
+        async with background.running(self._tick(), self._cut_ended()):
             try:
                 yield [each.getsockname()[:2] for each in sockets.sockets]
                 sockets.close()
                 await self._drain()
             finally:
                 sockets.close()
-                for worker in workers:
-                    worker.cancel()
                 for task in self._tasks:
                     task.cancel()
                 for connection in list(self._connections):
