@@ -107,6 +107,7 @@ class Authenticator:
         self._exit = contextlib.AsyncExitStack()
         self._epoch = 0
         self._in_flight = 0
+        self._changes_noticed = 0
         self._seen_changes = 0
         self._damaged = False
         self._waiting: dict[str, _LookUp] = {}  # oldest first
@@ -137,7 +138,12 @@ class Authenticator:
                 raise Refused("expired")
             self._metrics.lookups["cache"] += 1
             return cached[1]
-        row = await self._look_up(token_hash)
+        row, changes = None, -1
+        while changes != self._changes_noticed:
+            # A change that is noticed while the look-up is under way may be newer than its answer,
+            # and the connection is not there yet to be compared with it.
+            changes = self._changes_noticed
+            row = await self._look_up(token_hash)
         reason = ended(row, now)
         if row is None or not hmac.compare_digest(row.hash, token_hash) or reason:
             raise Refused(reason or "unknown")
@@ -182,6 +188,7 @@ class Authenticator:
 
     def forget(self) -> None:
         """Answer the next question about every token from the database."""
+        self._changes_noticed += 1
         self._cache.clear()
 
     async def _look_up(self, token_hash: str) -> TokenRow | None:
