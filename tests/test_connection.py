@@ -74,7 +74,7 @@ class OpenDoor:
 
     def requested(self, device: Connection, request: Any) -> None:
         session = Session(RULES, Window(LIMITS.messages, 60), device)
-        device.open(device.core.accept(request), Identity(1, 1, 1, None, 1), session)
+        device.open(device.core.accept(request), Identity(1, "", 1, 1, None, 1), session)
         device.listen()
 
     def arrived(self, device: Connection) -> None: ...

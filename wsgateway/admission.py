@@ -19,7 +19,7 @@ from wsgateway.auth import Authenticator, Identity
 from wsgateway.config import Config
 from wsgateway.connection import Connection, Phase
 from wsgateway.errors import Refused
-from wsgateway.gateway import Gateway, device_group, user_group
+from wsgateway.gateway import Gateway, user_group
 from wsgateway.handshake import Route, Visit
 from wsgateway.limits import Departed
 from wsgateway.metrics import Metrics
@@ -157,16 +157,16 @@ class Admission:
     def _admit(self, connection: Connection, response: Response, identity: Identity) -> None:
         limits, now = self._config.limits, monotonic()
         group = user_group(identity.user_id)
-        if limits.connections_per_user:
-            connected = len(self._gateway.hub.members(group))
-            if connected >= limits.connections_per_user and limits.duplicate != "newest":
-                raise Refused("user_full", random.randint(*RETRY_AFTER))  # noqa: S311
+        replaced = self._replaced(identity) if limits.duplicate == "newest" else []
+        others = len(self._gateway.hub.members(group)) - len(replaced)
+        if 0 < limits.connections_per_user <= others:
+            raise Refused("user_full", random.randint(*RETRY_AFTER))  # noqa: S311
         window = self.departed.inherit(_owner(identity), now)
         wait = window.wait(now)
         if wait > 0:
             raise Refused("rate", int(wait) + 1)
-        if limits.duplicate == "newest":
-            self._replace(identity)
+        for other in replaced:
+            other.close(CloseCode.REPLACED)
         if identity.device_id is None:
             log.warning("device has no id: user has no primary device user=%s", identity.user_id)
         session = Session(self._rules, window, connection)
@@ -180,24 +180,22 @@ class Admission:
             )  # fmt: skip
             connection.listen()
 
-    def _replace(self, identity: Identity) -> None:
-        """End the connections that a new one of the same device, or token, replaces."""
-        hub = self._gateway.hub
-        if identity.device_id is not None:
-            others = list(hub.members(device_group(identity.device_id)))
-        else:
-            others = list(hub.members(user_group(identity.user_id)))
-        for other in others:
-            assert isinstance(other, Connection)
-            known = other.identity
-            if identity.device_id is not None or (known and known.token_id == identity.token_id):
-                other.close(CloseCode.REPLACED)
+    def _replaced(self, identity: Identity) -> list[Connection]:
+        """The user's connections that a new one of the same device, or token, replaces."""
+        return [
+            member
+            for member in self._gateway.hub.members(user_group(identity.user_id))
+            if isinstance(member, Connection) and _same(member.identity, identity)
+        ]
 
     def _refuse(
         self, connection: Connection, response: Response, visit: Visit, error: Refused
     ) -> None:
         self._metrics.refused[error.reason] += 1
-        log.warning("device refused reason=%s", error.reason)
+        log.warning(
+            "device refused reason=%s address=%s id=%s",
+            error.reason, connection.address, connection.id,
+        )  # fmt: skip
         if error.retry_after is not None:
             connection.respond(handshake.unavailable(error.retry_after))
         elif error.reason != "origin" and (visit.versioned or self._config.auth.refuse == "close"):
@@ -211,6 +209,12 @@ class Admission:
         if user_id not in self._mismatched and len(self._mismatched) < MISMATCHES_REMEMBERED:
             self._mismatched.add(user_id)
             log.warning("device names another user in its path user=%s", user_id)
+
+
+def _same(one: Identity | None, other: Identity) -> bool:
+    if one is None or other.device_id is None:
+        return one is not None and one.token_hash == other.token_hash
+    return one.device_id == other.device_id
 
 
 def _owner(identity: Identity) -> tuple[int, int | None]:

@@ -15,7 +15,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -45,11 +45,15 @@ RETRY_PAUSE: Final = 0.05
 class Identity(NamedTuple):
     """Whom a token stands for. ``expires_at`` is in seconds since 1970, or None.
 
+    The token is named by its hash in whatever is asked of the database later: a file that replaced
+    it numbers other tokens.
+
     ``epoch`` counts the database files that were opened: a token that a *replaced* file does not
     know was not revoked, while one that vanished from the same file was.
     """
 
     token_id: int
+    token_hash: str
     user_id: int
     device_id: int | None
     expires_at: int | None
@@ -63,7 +67,7 @@ def new_token() -> str:
 
 def hash_token(token: str) -> str:
     """What is stored of a token. 256 random bits need no salt and no slow hash."""
-    return hashlib.sha256(token.encode()).hexdigest()
+    return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()
 
 
 def ended(row: TokenRow | None, now: float) -> str | None:
@@ -147,12 +151,14 @@ class Authenticator:
         reason = ended(row, now)
         if row is None or not hmac.compare_digest(row.hash, token_hash) or reason:
             raise Refused(reason or "unknown")
-        identity = Identity(row.id, row.user_id, row.device_id, row.expires_at, self._epoch)
+        identity = Identity(
+            row.id, row.hash, row.user_id, row.device_id, row.expires_at, self._epoch
+        )
         self._remember(token_hash, identity)
         return identity
 
-    async def changed(self, identities: Iterable[Identity]) -> dict[int, str]:
-        """Which of these may not stay as they are: token id -> reason.
+    async def changed(self, identities: Iterable[Identity]) -> dict[Identity, str]:
+        """Which of these may not stay as they are, and why.
 
         The reason is one of `ended`, or 'device' if the token now stands for another device.
 
@@ -160,15 +166,18 @@ class Authenticator:
             StoreError: the database cannot say; nobody is to be cut for that.
 
         """
-        known = {identity.token_id: identity for identity in identities}
-        ids = list(known)
-        found: dict[int, str] = {}
-        for start in range(0, len(ids), BATCH):
+        asked = list(identities)
+        now = time.time()
+        found = {}
+        for start in range(0, len(asked), BATCH):
             if self._store is None:
                 raise StoreError("the token database is not open")
-            part = ids[start : start + BATCH]
-            rows = await self._store.tokens_by_id(part)
-            found |= self._compare([known[token_id] for token_id in part], rows)
+            part = asked[start : start + BATCH]
+            rows = await self._store.tokens_by_hash([one.token_hash for one in part])
+            for identity in part:
+                reason = self._compare(identity, rows.get(identity.token_hash), now)
+                if reason:
+                    found[identity] = reason
         return found
 
     @contextlib.asynccontextmanager
@@ -280,16 +289,10 @@ class Authenticator:
         if len(self._cache) > self._settings.cache_size:
             self._cache.popitem(last=False)
 
-    def _compare(self, part: Sequence[Identity], rows: dict[int, TokenRow]) -> dict[int, str]:
-        now = time.time()
-        found = {}
-        for identity in part:
-            row = rows.get(identity.token_id)
-            if row is None and identity.epoch != self._epoch:
-                continue
-            reason = ended(row, now)
-            if reason is None and row is not None and row.device_id != identity.device_id:
-                reason = "device"
-            if reason:
-                found[identity.token_id] = reason
-        return found
+    def _compare(self, identity: Identity, row: TokenRow | None, now: float) -> str | None:
+        if row is None and identity.epoch != self._epoch:
+            return None  # a file that replaced the one it was admitted by says nothing of it
+        reason = ended(row, now)
+        if reason is None and row is not None and row.device_id != identity.device_id:
+            reason = "device"
+        return reason

@@ -11,6 +11,7 @@ and the error messages are made from it. Longer than 400 lines because the decla
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import tomllib
@@ -27,6 +28,9 @@ from msgspec import Meta
 from wsgateway.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "WSGATEWAY_"
+OTHERS = (f"{ENVIRONMENT_PREFIX}CONFIG",)
+"""Variables of ours that are no keys."""
+
 SYSTEM_FILE = Path("/etc/wsgateway/config.toml")
 
 
@@ -35,10 +39,16 @@ def doc(text: str, **extra: object) -> Meta:
     return Meta(description=text, extra=extra or None)
 
 
-Seconds = Annotated[float, Meta(ge=0, extra={"unit": "seconds"})]
-Bytes = Annotated[int, Meta(ge=0, extra={"unit": "bytes"})]
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
+MOST = 2**31 - 1
+"""The largest number that any key takes: what the system calls behind them hold."""
+
+LONGEST = 10 * 365 * 86400
+"""The longest duration that any key takes, in seconds: ten years."""
+
+Seconds = Annotated[float, Meta(ge=0, le=LONGEST, extra={"unit": "seconds"})]
+Bytes = Annotated[int, Meta(ge=0, le=1 << 40, extra={"unit": "bytes"})]
+Count = Annotated[int, Meta(ge=0, le=MOST)]
+Positive = Annotated[int, Meta(ge=1, le=MOST)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
@@ -180,7 +190,7 @@ class Limits(Section, frozen=True):
 class Keepalive(Section, frozen=True):
     """How dead peers are found."""
 
-    interval: Annotated[Seconds, doc("Between two pings to a device.")] = 20.0
+    interval: Annotated[Seconds, doc("Between two pings to a device; at most 10m.")] = 20.0
     timeout: Annotated[
         Seconds, doc("How long a device may be silent after a ping (rounded up to an interval).")
     ] = 20.0
@@ -332,7 +342,7 @@ class Key:
         most = [meta.le for meta in self._metas if meta.le is not None]
         if least and (self.type is int or max(least) > 0):
             text += f", at least {max(least)}"
-        if most:
+        if most and min(most) not in (MOST, LONGEST, 1 << 40):
             text += f", at most {min(most)}"
         return text
 
@@ -384,7 +394,7 @@ def load(
     warnings: list[str] = []
     layers = (
         _from_file(file) if file else (),
-        _from_environment(known, environ),
+        _from_environment(known, environ, warnings),
         [(name, value, "command line") for name, value in flags.items()],
     )
     for layer in layers:
@@ -427,7 +437,7 @@ def render(key: Key, value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if key.unit == "seconds":
-        return f'"{value:g}s"'
+        return f'"{value:.9f}'.rstrip("0").rstrip(".") + 's"'
     if key.unit == "bytes" and value and value % 1024 == 0:
         return f'"{value >> 20}MiB"' if value % (1 << 20) == 0 else f'"{value >> 10}KiB"'
     return msgspec.json.encode(value).decode()
@@ -497,7 +507,9 @@ def _from_file(file: Path) -> Iterator[tuple[str, Any, str]]:
         document = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{file}: not valid TOML: nested too deeply") from None
+    except ValueError as error:  # of TOML, of UTF-8, or of a number with thousands of digits
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
     for section, table in document.items():
         if not isinstance(table, dict):
@@ -511,17 +523,21 @@ def _from_file(file: Path) -> Iterator[tuple[str, Any, str]]:
 
 
 def _line_of(text: str, section: str, name: str) -> int:
+    starts = {
+        section: rf"\s*\"?{re.escape(name)}\"?\s*=",
+        "": rf"\s*{re.escape(section)}\s*(\.\s*{re.escape(name)}\s*=|=\s*\{{)",
+    }
     current = ""
     for number, line in enumerate(text.splitlines(), 1):
         if header := re.match(r"\s*\[\s*([^\]]+?)\s*\]", line):
             current = header[1]
-        elif current == section and re.match(rf"\s*\"?{re.escape(name)}\"?\s*=", line):
+        elif current in starts and re.match(starts[current], line):
             return number
     return 1
 
 
 def _from_environment(
-    known: Mapping[str, Key], environ: Mapping[str, str]
+    known: Mapping[str, Key], environ: Mapping[str, str], warnings: list[str]
 ) -> Iterator[tuple[str, Any, str]]:
     variables = {key.variable: key.path for key in known.values()}
     variables |= {
@@ -535,6 +551,9 @@ def _from_environment(
             close = difflib.get_close_matches(variable, variables, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(f"${variable}: no such key{hint}")
+        elif variable.startswith(ENVIRONMENT_PREFIX) and variable not in (*variables, *OTHERS):
+            near = difflib.get_close_matches(variable, variables, 1, cutoff=0.8)
+            warnings += [f"${variable} is not used; did you mean ${name}?" for name in near]
 
 
 def _resolve(
@@ -579,8 +598,11 @@ def _read_secret(
 
 def _convert(key: Key, raw: Any, origin: str) -> Any:
     try:
-        return msgspec.convert(_parse_text(key, raw, origin), key.annotation, strict=True)
-    except (msgspec.ValidationError, ValueError):
+        value = msgspec.convert(_parse_text(key, raw, origin), key.annotation, strict=True)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(raw)
+        return value
+    except (msgspec.ValidationError, ValueError, OverflowError):
         shown = "***" if key.secret else repr(raw)
         raise ConfigError(f"{origin}: {key.path} = {shown}: must be {key.allowed()}") from None
 
@@ -618,23 +640,27 @@ def _build(values: Mapping[str, Any]) -> Config:
     return Config(**{name: kinds[name](**fields) for name, fields in sections.items()})
 
 
+NOT_ZERO = (
+    "limits.window",
+    "limits.handshake_timeout",
+    "limits.outbound_stall",
+    "keepalive.interval",
+    "keepalive.timeout",
+    "keepalive.close_timeout",
+    "handlers.timeout",
+    "auth.lookup_timeout",
+    "auth.poll_interval",
+)
+"""Durations that cannot be switched off."""
+
+
 def _check_combinations(config: Config) -> None:
     """Refuse values that are each allowed and cannot hold together."""
     limits, keepalive = config.limits, config.keepalive
-    must_be_above_zero = {
-        "limits.window": limits.window,
-        "limits.handshake_timeout": limits.handshake_timeout,
-        "limits.outbound_stall": limits.outbound_stall,
-        "keepalive.interval": keepalive.interval,
-        "keepalive.timeout": keepalive.timeout,
-        "keepalive.close_timeout": keepalive.close_timeout,
-        "handlers.timeout": config.handlers.timeout,
-        "auth.lookup_timeout": config.auth.lookup_timeout,
-        "auth.poll_interval": config.auth.poll_interval,
-    }
-    for path, value in must_be_above_zero.items():
-        if value <= 0:
-            raise ConfigError(f'{path} = "{value:g}s": must be longer than 0')
+    for path in NOT_ZERO:
+        section, name = path.split(".")
+        if getattr(getattr(config, section), name) <= 0:
+            raise ConfigError(f'{path} = "0s": must be longer than 0')
     rules = [
         (
             limits.message_bytes < limits.message_characters,
@@ -645,6 +671,19 @@ def _check_combinations(config: Config) -> None:
             limits.outbound_bytes < limits.message_bytes,
             f"limits.outbound_bytes = {limits.outbound_bytes}: must be at least "
             f"limits.message_bytes ({limits.message_bytes})",
+        ),
+        (
+            limits.fanout_bytes < limits.message_bytes,
+            f"limits.fanout_bytes = {limits.fanout_bytes}: must be at least "
+            f"limits.message_bytes ({limits.message_bytes})",
+        ),
+        (
+            keepalive.interval > 600,
+            f'keepalive.interval = "{keepalive.interval:g}s": at most 10m, or a dead peer is not found',
+        ),
+        (
+            limits.handshake_bytes < 1024,
+            f"limits.handshake_bytes = {limits.handshake_bytes}: no request fits into less than 1024",
         ),
         (
             config.auth.poll_interval > 5,

@@ -40,8 +40,14 @@ CORE_SLICE = 4096
 """Bytes given to the core at once: 682 of the smallest frames, about 10 ms in pure Python, after
 which the limits are looked at again. A read can hold 256 KiB."""
 
-CLOSING_BYTES = 262_144
-"""Bytes that a peer may still send after our close frame; one read's worth may be on the way."""
+CLOSING_BYTES = 65_536
+"""Bytes that a peer may still send after our close frame: a message may be on the way."""
+
+FRAMES_PER_LOOK = 256
+"""Plain frames handled between two looks at the clock, about 2 ms."""
+
+READ_SECONDS = 0.02
+"""How long one read may be handled before others get their turn; the rest of it is held."""
 
 PAUSE_AT = 16_384
 """Bytes waiting in the transport above which a connection counts as congested and is watched."""
@@ -376,6 +382,9 @@ class Connection(asyncio.Protocol):
         if self._corked is None:
             self._corked = []
         for start in range(position, len(data), CORE_SLICE):
+            if not self._paused and monotonic() - now > READ_SECONDS:
+                self._pause()
+                asyncio.get_running_loop().call_soon(self._take_turn)
             if self._paused:
                 assert self._held is not None
                 self._held.append(data[start:])
@@ -400,7 +409,7 @@ class Connection(asyncio.Protocol):
         core = self.core
         if not FAST_PATH or core.reader.buffer or core.current_size is not None or core.extensions:
             return 0
-        position, end, cap = 0, len(data), self._door.limits.message_bytes
+        position, end, cap, handled = 0, len(data), self._door.limits.message_bytes, 0
         while end - position >= 6 and data[position] == 0x81:
             length = data[position + 1] - 0x80
             start = position + 2
@@ -416,7 +425,9 @@ class Connection(asyncio.Protocol):
             if stop < end and self._corked is None:
                 self._corked = []  # more follows: its answers join this one's
             self._handle_text(apply_mask(data[start + 4 : stop], data[start : start + 4]), now)
-            if self._paused or self.phase is not Phase.OPEN:
+            handled += 1
+            late = handled % FRAMES_PER_LOOK == 0 and monotonic() - now > READ_SECONDS
+            if late or self._paused or self.phase is not Phase.OPEN:
                 break
         return position
 
@@ -510,10 +521,19 @@ class Connection(asyncio.Protocol):
         if self._task is None:
             self._task = self._door.spawn(self)
         elif len(self._pending) >= self._door.max_pending and not self._paused:
-            self._paused = True
-            self._held = deque()
             self._metrics.paused += 1
-            self._transport.pause_reading()
+            self._pause()
+
+    def _pause(self) -> None:
+        self._paused = True
+        self._held = deque()
+        self._transport.pause_reading()
+
+    def _take_turn(self) -> None:
+        """Go on with a read that took long, unless the handlers are behind as well."""
+        behind = self._pending and len(self._pending) >= self._door.max_pending
+        if self._paused and self.phase is Phase.OPEN and not behind:
+            self._resume()
 
     async def work(self) -> None:
         """Answer the pending messages, one at a time and in order. Ends when none is left."""
@@ -538,7 +558,7 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _handle_held(self, held: deque[bytes | Frame], now: float) -> None:
-        while held:
+        while held and self.phase is Phase.OPEN:
             if self._paused:
                 assert self._held is not None
                 self._held.extend(held)

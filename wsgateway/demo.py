@@ -6,6 +6,7 @@ Only this module knows the demo. It refuses every database that it did not creat
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import msgspec
@@ -28,7 +29,8 @@ async def prepare(config: Config) -> tuple[Config, str]:
     """
     folder = config.state_dir()
     database = folder / "demo.db"
-    token = await _prepare_database(database, _read_or_make_token(folder / "demo.token"))
+    token = await _prepare_database(database, _read_token(folder / "demo.token"))
+    _keep_token(folder / "demo.token", token)
     return (
         msgspec.structs.replace(
             config,
@@ -50,9 +52,13 @@ async def _prepare_database(database: Path, token: str) -> str:
             await db.set_property(PROPERTY, "1")
             user_id = await db.add_user("demo")
             await db.bind(user_id, await db.add_device("demo-speaker"))
-        token_hash = auth.hash_token(token)
-        if token_hash not in await db.tokens_by_hash([token_hash]):
-            await db.add_token(token_hash, await db.user_id("demo"), "device", label="demo")
+        known = await db.tokens_by_hash([auth.hash_token(token)])
+        for row in known.values():
+            if auth.ended(row, time.time()):
+                token, known = auth.new_token(), {}
+        if not known:
+            user_id = await db.user_id("demo")
+            await db.add_token(auth.hash_token(token), user_id, "device", label="demo")
     return token
 
 
@@ -68,14 +74,15 @@ async def _refuse_foreign(database: Path) -> None:
         )
 
 
-def _read_or_make_token(path: Path) -> str:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+def _read_token(path: Path) -> str:
+    """The token that is kept, or a new one where none can be read."""
     try:
-        token = path.read_text("ascii").strip()
-    except FileNotFoundError:
-        token = ""
-    if not token:
-        token = auth.new_token()
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # noqa: PTH123 - with a mode
-            file.write(token + "\n")
-    return token
+        return path.read_text("ascii").strip() or auth.new_token()
+    except (OSError, UnicodeDecodeError):
+        return auth.new_token()
+
+
+def _keep_token(path: Path, token: str) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # noqa: PTH123 - with a mode
+        os.fchmod(file.fileno(), 0o600)
+        file.write(token + "\n")

@@ -23,14 +23,25 @@ EXIT_OK = 0
 EXIT_CRASH = 1
 EXIT_USAGE = 2
 EXIT_RETRY = 3
+EXIT_INTERRUPTED = 130
 EXIT_CONFIG = 78
 """EX_CONFIG of sysexits.h: systemd must not restart a unit that ends with it."""
+
+
+def one_line(text: str) -> str:
+    """Text that cannot forge another line or command a terminal (CWE-117)."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class GatewayError(Exception):
     """A failure that a person is told about in one line."""
 
     exit_code = EXIT_CRASH
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 class UsageError(GatewayError):

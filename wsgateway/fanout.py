@@ -20,7 +20,7 @@ from wsgateway.metrics import Metrics
 SLICE_SECONDS = 0.01
 """A fan-out yields to the loop after that long: a fifth of the longest stall that is allowed."""
 
-SLICE_MEMBERS = 64
+MEMBERS_PER_LOOK = 64
 """Members written to between two looks at the clock, about a quarter of a millisecond."""
 
 
@@ -146,15 +146,18 @@ class Fanout:
                 batch.members = list(self._hub.members(batch.group))
             if not batch.data:
                 batch.data = b"".join(batch.frames)
-            while members := batch.members[-SLICE_MEMBERS:]:
-                del batch.members[-SLICE_MEMBERS:]
-                for member in members:
-                    batch.written += member.push(batch.data)
-                if batch.members and time.perf_counter() > deadline:
-                    self._metrics.fanout_slices += 1
-                    return
+            while batch.members:
+                batch.written += batch.members.pop().push(batch.data)
+                if len(batch.members) % MEMBERS_PER_LOOK == 0 and time.perf_counter() > deadline:
+                    break
+            if batch.members:
+                self._metrics.fanout_slices += 1
+                return
             self._batches.popleft()
             self._finish(batch)
+            if self._batches and time.perf_counter() > deadline:
+                self._metrics.fanout_slices += 1
+                return
 
     def _finish(self, batch: _Batch) -> None:
         metrics = self._metrics

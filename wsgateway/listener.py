@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 TICK = 0.1
 """Seconds between two looks at what is due: the error of every deadline."""
 
+RECHECK_PAUSE = 1.0
+"""Seconds until tokens are compared again where the database could not say."""
+
 BATCH = 200
 """Connections closed or checked at once, about 10 ms, before others get their turn."""
 
@@ -102,7 +105,7 @@ class Listener:
             sockets = await loop.create_server(
                 lambda: Connection(self), server.host, server.port, backlog=server.backlog
             )
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise StartError(
                 f"cannot listen on {server.host}:{server.port}: {_why(error)}: "
                 "stop what uses it, or set server.port"
@@ -240,20 +243,21 @@ class Listener:
         while True:
             await self._recheck.wait()
             self._recheck.clear()
-            holders: dict[int, list[Connection]] = {}
-            identities: list[Identity] = []
+            holders: dict[Identity, list[Connection]] = {}
             for connection in self._connections:
                 if connection.identity is not None and connection.phase is Phase.OPEN:
-                    holders.setdefault(connection.identity.token_id, []).append(connection)
-                    identities.append(connection.identity)
+                    holders.setdefault(connection.identity, []).append(connection)
             try:
-                changed = await self._authenticator.changed(identities)
+                changed = await self._authenticator.changed(holders)
             except StoreError:
-                continue  # lost meanwhile; when it is back there is another call
-            for token_id, reason in changed.items():
-                log.info("token ended token=%s reason=%s", token_id, reason)
-                for connection in holders[token_id]:
-                    connection.close(REASONS.get(reason, CloseCode.TOKEN_ENDED), reason)
+                await asyncio.sleep(RECHECK_PAUSE)  # paces the tries while the database is away
+                self._recheck.set()
+                continue
+            cut = [(one, why) for identity, why in changed.items() for one in holders[identity]]
+            for number, (connection, reason) in enumerate(cut, 1):
+                connection.close(REASONS.get(reason, CloseCode.TOKEN_ENDED), reason)
+                if number % BATCH == 0:
+                    await asyncio.sleep(0)
 
     async def _drain(self) -> None:
         """Tell every device to come back, spread over the first part of the window, then wait."""
@@ -264,7 +268,9 @@ class Listener:
         waiting = list(self._connections)
         pauses = max(1, int(window * 0.5 / TICK))
         batch = max(BATCH, math.ceil(len(waiting) / pauses))
-        while waiting and monotonic() < end:
+        while waiting:
+            if monotonic() >= end:
+                batch = len(waiting)  # late: all the rest at once
             part, waiting = waiting[:batch], waiting[batch:]
             for connection in part:
                 retry_ms = random.randint(0, max(1, int(window * 1000)))  # noqa: S311 - spreads
@@ -289,9 +295,9 @@ class Listener:
             log.error("a connection's task failed", exc_info=task.exception())
 
 
-def _why(error: OSError) -> str:
+def _why(error: OSError | UnicodeError) -> str:
     """The system's word for an error; create_server() hides it in a longer sentence."""
     known = {98: "the port is in use", 13: "not permitted (ports below 1024 need a capability)"}
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, socket.gaierror | UnicodeError):
         return "no such host"
     return known.get(error.errno or 0, error.strerror or "refused")

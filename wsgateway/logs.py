@@ -21,6 +21,7 @@ from logging.handlers import QueueHandler, QueueListener
 import orjson
 
 from wsgateway.config import Log
+from wsgateway.errors import one_line
 from wsgateway.metrics import Metrics
 
 MAX_WAITING = 10_000
@@ -32,8 +33,14 @@ MAX_LENGTH = 2048
 MAX_JOINED = 100
 """Lines written at once."""
 
+LAST_LINES_SECONDS = 1.0
+"""How long the last lines may take when the gateway stops."""
+
 BURST = 20
 """Lines of one kind that are written at once; then one a second, with the number left out."""
+
+KEYS = ("user=%s", "reason=%s")
+"""First arguments that make lines of one template different kinds."""
 
 MAX_KINDS = 1000
 """Kinds of lines that are told apart; the one not seen longest is forgotten."""
@@ -48,8 +55,8 @@ _COLOUR = {30: "\x1b[33m", 40: "\x1b[31m", 50: "\x1b[31m"}
 class RepeatFilter(logging.Filter):
     """Lets a burst of each kind of line pass, then one a second that says how many were left out.
 
-    A kind is a template with its arguments' key, ``user=`` if it has one: a device that comes and
-    goes all the time must not hide the others.
+    A kind is a template with its key, where its first argument is one: a device that comes and goes
+    all the time must not hide the others, nor one reason of refusals another.
     """
 
     def __init__(self) -> None:
@@ -58,8 +65,8 @@ class RepeatFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         args = record.args if isinstance(record.args, tuple) else ()
-        by_user = "user=%s" in str(record.msg) and args
-        kind = (record.name, str(record.msg), args[0] if by_user else None)
+        keyed = args and any(key in str(record.msg) for key in KEYS)
+        kind = (record.name, str(record.msg), args[0] if keyed else None)
         now = time.monotonic()
         state = self._kinds.get(kind)
         if state is None:
@@ -89,9 +96,9 @@ class TextFormatter(logging.Formatter):
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        text = _one_line(record.getMessage())
+        text = _bounded(record.getMessage())
         if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
+            text += "\n" + _traceback(self.formatException(record.exc_info))
         if self._journal:
             prefix = f"<{_PRIORITY.get(record.levelno, 6)}>"
             return "\n".join(prefix + line for line in text.splitlines())
@@ -109,7 +116,7 @@ class JsonFormatter(logging.Formatter):
             "time": _time(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": _one_line(record.getMessage()),
+            "message": _bounded(record.getMessage()),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -144,6 +151,7 @@ class _Writer(QueueListener):
         self._lines = lines
         self._formatter = formatter
         self._joined: list[str] = []
+        self._descriptor = sys.stderr.fileno()
 
     def handle(self, record: logging.LogRecord) -> None:
         try:
@@ -152,9 +160,18 @@ class _Writer(QueueListener):
             self._joined.append(f"unreadable log line from {record.name}: {error}")
         if self._lines.empty() or len(self._joined) >= MAX_JOINED:
             lines, self._joined = self._joined, []
-            with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more
-                sys.stderr.write("\n".join(lines) + "\n")
-                sys.stderr.flush()
+            text = memoryview(("\n".join(lines) + "\n").encode(errors="replace"))
+            with contextlib.suppress(OSError):  # nobody reads the log any more
+                while text:
+                    # Not through sys.stderr: its lock, held for a full pipe, would block the exit.
+                    text = text[os.write(self._descriptor, text) :]
+
+    def stop(self) -> None:
+        """Write what waits, but not for longer than a second: the reader may be gone."""
+        self.enqueue_sentinel()
+        if self._thread is not None:
+            self._thread.join(LAST_LINES_SECONDS)
+            self._thread = None
 
 
 @contextlib.contextmanager
@@ -201,10 +218,10 @@ def _time(record: logging.LogRecord) -> str:
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
 
 
-def _one_line(text: str) -> str:
-    """Text that cannot forge another line or command a terminal (CWE-117)."""
-    if len(text) > MAX_LENGTH:
-        text = text[:MAX_LENGTH] + "..."
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def _traceback(text: str) -> str:
+    """A traceback whose lines cannot pass for log lines, whatever an exception says."""
+    return "\n".join("    " + one_line(line) for line in text.splitlines())
+
+
+def _bounded(text: str) -> str:
+    return one_line(text if len(text) <= MAX_LENGTH else text[:MAX_LENGTH] + "...")

@@ -99,15 +99,22 @@ class Session:
         try:
             async with asyncio.timeout(self._rules.handler_timeout):
                 return self._answer(wait.handler, await self._call(*wait))
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Not we were cancelled, but something the handler waited for: that is its failure.
+            return self.failed(wait.handler, error)
         except TimeoutError:
             return self._refuse(ErrorCode.SERVICE_ERROR, "No answer in time")
         except Exception as error:  # noqa: BLE001 - a user's handler may raise anything
             return self.failed(wait.handler, error)
 
-    def failed(self, handler: Handler, error: Exception) -> bytes:
+    def failed(self, handler: Handler, error: BaseException) -> bytes:
         """What the device hears when its handler raised: never the text of an unknown exception."""
         if isinstance(error, ServiceError):
-            return self._refuse(ErrorCode.SERVICE_ERROR, str(error))
+            text = str(error).encode(errors="replace").decode()  # JSON has no lone surrogates
+            return self._refuse(ErrorCode.SERVICE_ERROR, text)
         if isinstance(error, InvalidMessage):
             return self._refuse(ErrorCode.VALIDATION_ERROR, wire.invalid(error.errors).text)
         log.error("handler failed type=%s", handler.type, exc_info=error)

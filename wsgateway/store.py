@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
@@ -135,11 +136,6 @@ class Store:
         """The tokens with these hashes, in one query: 100 at once cost little more than one."""
         sql = f"{_TOKEN_COLUMNS} WHERE t.hash IN (SELECT value FROM json_each(?))"
         return {row[1]: TokenRow(*row) for row in await self._all(sql, json.dumps(list(hashes)))}
-
-    async def tokens_by_id(self, ids: Sequence[int]) -> dict[int, TokenRow]:
-        """The tokens with these ids."""
-        sql = f"{_TOKEN_COLUMNS} WHERE t.id IN (SELECT value FROM json_each(?))"
-        return {row[0]: TokenRow(*row) for row in await self._all(sql, json.dumps(list(ids)))}
 
     async def tokens(self, user_id: int | None = None) -> list[TokenRow]:
         """All tokens, or those of a user, oldest first."""
@@ -280,7 +276,7 @@ class Store:
 
     async def _id_of(self, table: Literal["users", "devices"], what: str, name_or_id: str) -> int:
         column = "id" if name_or_id.isdecimal() else "name"
-        if column == "id" and len(name_or_id) > 18:
+        if not name_or_id.isprintable() or (column == "id" and len(name_or_id) > 18):
             raise NotFound(f"no such {what}: {name_or_id}")
         rows = await self._all(f"SELECT id FROM {table} WHERE {column} = ?", name_or_id)
         if not rows:
@@ -319,9 +315,7 @@ async def open_to_write(path: Path, *, create: bool = False) -> AsyncIterator[St
 
     """
     if create:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        _create_file(path)
     _check_file(path)
     _check_owner(path)
     async with _turn_to_write(path):
@@ -338,6 +332,16 @@ async def open_to_write(path: Path, *, create: bool = False) -> AsyncIterator[St
                 await connection.execute_fetchall("PRAGMA wal_checkpoint(PASSIVE)")
         finally:
             await connection.close()
+
+
+def _create_file(path: Path) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    except PermissionError:
+        pass  # it is there and somebody else's, as the next check says better
+    except OSError as error:
+        raise StoreMissing(f"{path} cannot be created: {error.strerror}") from None
 
 
 async def _connect(path: Path, mode: str) -> aiosqlite.Connection:
@@ -373,8 +377,12 @@ async def _migrate(path: Path, connection: aiosqlite.Connection) -> None:
     """Bring the schema forward, each version in a transaction of its own."""
     version = await _pragma(connection, "user_version")
     tables = await connection.execute_fetchall("SELECT count(*) FROM sqlite_master")
-    if version == 0 and next(iter(tables))[0] > 0:
-        raise StoreForeign(f"{path} holds another program's tables: choose another file")
+    is_new = version == 0 and next(iter(tables))[0] == 0
+    application_id = await _pragma(connection, "application_id")
+    if application_id != APPLICATION_ID and not (is_new and application_id == 0):
+        raise StoreForeign(f"{path} is not a wsgateway database: choose another file")
+    if version >= len(MIGRATIONS):
+        return
     await connection.execute_fetchall("PRAGMA journal_mode = WAL")
     await connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
@@ -388,7 +396,10 @@ async def _pragma(connection: aiosqlite.Connection, name: str) -> int:
 
 @contextlib.asynccontextmanager
 async def _turn_to_write(path: Path) -> AsyncIterator[None]:
-    lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreError(f"{path}.lock cannot be written: {error.strerror}") from None
     try:
         for _ in range(int(LOCK_TIMEOUT / 0.05)):
             with contextlib.suppress(BlockingIOError):
@@ -403,10 +414,18 @@ async def _turn_to_write(path: Path) -> AsyncIterator[None]:
 
 
 def _check_file(path: Path) -> None:
-    if not path.exists():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
         raise StoreMissing(
             f"{path}: no token database: run wsgateway db init, or set auth.database"
-        )
+        ) from None
+    except PermissionError:
+        raise StoreForeign(f"{path}: not readable and writable for this user") from None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be reached: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise StoreForeign(f"{path} is no file and cannot be used: set auth.database")
     if not os.access(path, os.R_OK | os.W_OK):
         raise StoreForeign(f"{path}: not readable and writable for this user")
 
@@ -444,5 +463,7 @@ def _translated(path: Path) -> Any:
         if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
             raise StoreForeign(f"{path} is damaged or not an SQLite database") from error
         raise StoreError(f"{path}: {name}: the database cannot be used") from error
+    except (UnicodeEncodeError, OverflowError):
+        raise StoreError(f"{path}: cannot hold such a text or number") from None
     except ValueError as error:  # what aiosqlite raises once its connection is closed
         raise StoreError(f"{path}: the database is closed") from error

@@ -3,7 +3,7 @@
 Only this package prints. Commands are imported when they are called, so that `--help` stays fast.
 
 Exit codes: 0 done, 1 failed or crashed, 2 wrong usage, 3 cannot start now (port busy, database
-locked), 78 the configuration or the database has to be mended first.
+locked), 78 the configuration or the database has to be mended first, 130 interrupted by Ctrl+C.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from typing import NoReturn
 
 from wsgateway import __version__
-from wsgateway.errors import EXIT_OK, EXIT_USAGE, GatewayError
+from wsgateway.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, GatewayError
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return EXIT_OK
     except KeyboardInterrupt:
-        return EXIT_OK
+        return EXIT_INTERRUPTED
 
 
 def build_parser() -> Parser:
@@ -106,7 +106,7 @@ def _add_user(commands: argparse._SubParsersAction[Parser]) -> None:
     verbs = _noun(commands, "user", "add, list, enable and disable users")
     add = _account_verb(verbs, "user", "add", "add a user")
     add.add_argument("name")
-    add.add_argument("--id", type=int, help="number it so, e.g. as in your backend")
+    add.add_argument("--id", type=_identifier, help="number it so, e.g. as in your backend")
     _account_verb(verbs, "user", "list", "list the users")
     for verb in ("enable", "disable"):
         help_text = f"{verb} a user" + ("; his devices are cut" if verb == "disable" else "")
@@ -117,7 +117,7 @@ def _add_device(commands: argparse._SubParsersAction[Parser]) -> None:
     verbs = _noun(commands, "device", "add, list, bind and unbind devices")
     add = _account_verb(verbs, "device", "add", "add a device")
     add.add_argument("name")
-    add.add_argument("--id", type=int, help="number it so, e.g. as in your backend")
+    add.add_argument("--id", type=_identifier, help="number it so, e.g. as in your backend")
     add.add_argument("--user", help="bind it to this user (name or id)")
     _account_verb(verbs, "device", "list", "list the devices")
     texts = {
@@ -145,6 +145,16 @@ def _add_token(commands: argparse._SubParsersAction[Parser]) -> None:
     revoke.add_argument("token", help="its id, its text, or - to read the text from stdin")
     check = _account_verb(verbs, "token", "check", "say whether a token opens the device socket")
     check.add_argument("token", help="its text, or - to read it from stdin (argv shows in ps)")
+
+
+def _identifier(text: str) -> int:
+    number = int(text)
+    if not 0 < number < 1 << 63:
+        raise ValueError(text)
+    return number
+
+
+_identifier.__name__ = "id"  # as argparse words its error
 
 
 def _noun(

@@ -8,7 +8,7 @@ import sys
 
 from wsgateway import demo, handlers, server
 from wsgateway.cli import settings
-from wsgateway.config import Config
+from wsgateway.errors import UsageError
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -18,15 +18,17 @@ def serve(arguments: argparse.Namespace) -> None:
         handlers.load(loaded.config.handlers.modules)
         print(f"configuration ok ({loaded.file or 'defaults'})")
         return
-    config = loaded.config
-    if arguments.demo:
-        config, token = asyncio.run(demo.prepare(config))
-        _say_what_next(config, token)
-    server.run(config)
+    if not arguments.demo:
+        server.run(loaded.config)
+        return
+    if "command line" in (loaded.origins["server.host"], loaded.origins["auth.database"]):
+        raise UsageError("--demo has a database of its own and listens on this machine only")
+    config, token = asyncio.run(demo.prepare(loaded.config))
+    server.run(config, ready=lambda running: _say_what_next(running, token))
 
 
-def _say_what_next(config: Config, token: str) -> None:
-    url = f"ws://127.0.0.1:{config.server.port}/ws/device/?token={token}"
+def _say_what_next(running: server.Running, token: str) -> None:
+    url = f"ws://127.0.0.1:{running.addresses[0][1]}/ws/device/?token={token}"
     print(
         f"""wsgateway demo: one user, one device, on this machine only.
 
