@@ -78,8 +78,10 @@ def _read_token(path: Path) -> str:
     """The token that is kept, or a new one where none can be read."""
     try:
         return path.read_text("ascii").strip() or auth.new_token()
-    except (OSError, UnicodeDecodeError):
+    except FileNotFoundError:
         return auth.new_token()
+    except (OSError, UnicodeDecodeError):
+        raise StoreForeign(f"{path} does not hold a token: remove it") from None
 
 
 def _keep_token(path: Path, token: str) -> None:

@@ -119,7 +119,8 @@ class JsonFormatter(logging.Formatter):
             "message": _bounded(record.getMessage()),
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            trace = self.formatException(record.exc_info)
+            line["exception"] = "\n".join(map(one_line, trace.splitlines()))
         return orjson.dumps(line).decode()
 
 
@@ -151,15 +152,21 @@ class _Writer(QueueListener):
         self._lines = lines
         self._formatter = formatter
         self._joined: list[str] = []
-        self._descriptor = sys.stderr.fileno()
+        # Where standard error is closed, its number may belong to a socket by now.
+        self._descriptor = sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY)
 
     def handle(self, record: logging.LogRecord) -> None:
         try:
             self._joined.append(self._formatter.format(record))
-        except (TypeError, ValueError, KeyError) as error:  # a handler's arguments do not fit
-            self._joined.append(f"unreadable log line from {record.name}: {error}")
+        except Exception as error:  # noqa: BLE001 - a user's handler may log anything
+            kind = type(error).__name__
+            self._joined.append(f"unreadable log line from {record.name}: {kind}")
         if self._lines.empty() or len(self._joined) >= MAX_JOINED:
-            lines, self._joined = self._joined, []
+            self._write()
+
+    def _write(self) -> None:
+        lines, self._joined = self._joined, []
+        if lines:
             text = memoryview(("\n".join(lines) + "\n").encode(errors="replace"))
             with contextlib.suppress(OSError):  # nobody reads the log any more
                 while text:
@@ -171,6 +178,8 @@ class _Writer(QueueListener):
         self.enqueue_sentinel()
         if self._thread is not None:
             self._thread.join(LAST_LINES_SECONDS)
+            if not self._thread.is_alive():
+                self._write()
             self._thread = None
 
 
@@ -201,15 +210,19 @@ def _formatter(settings: Log) -> logging.Formatter:
     if settings.format == "json":
         return JsonFormatter()
     journal = settings.format == "auto" and _is_journal()
-    colour = settings.format == "auto" and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    colour = settings.format == "auto" and _is_terminal() and not os.environ.get("NO_COLOR")
     return TextFormatter(journal=journal, colour=colour)
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def _is_journal() -> bool:
     """Whether standard error goes to the journal, as systemd says ($JOURNAL_STREAM)."""
     try:
         status = os.fstat(sys.stderr.fileno())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 

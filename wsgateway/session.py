@@ -106,7 +106,7 @@ class Session:
             # Not we were cancelled, but something the handler waited for: that is its failure.
             return self.failed(wait.handler, error)
         except TimeoutError:
-            return self._refuse(ErrorCode.SERVICE_ERROR, "No answer in time")
+            return self.failed(wait.handler, ServiceError("no answer in time"))
         except Exception as error:  # noqa: BLE001 - a user's handler may raise anything
             return self.failed(wait.handler, error)
 
@@ -114,7 +114,7 @@ class Session:
         """What the device hears when its handler raised: never the text of an unknown exception."""
         if isinstance(error, ServiceError):
             text = str(error).encode(errors="replace").decode()  # JSON has no lone surrogates
-            return self._refuse(ErrorCode.SERVICE_ERROR, text)
+            return self._refuse(ErrorCode.SERVICE_ERROR, handler.failure.replace("{}", text))
         if isinstance(error, InvalidMessage):
             return self._refuse(ErrorCode.VALIDATION_ERROR, wire.invalid(error.errors).text)
         log.error("handler failed type=%s", handler.type, exc_info=error)

@@ -10,18 +10,30 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import re
 import sys
 from typing import NoReturn
 
 from wsgateway import __version__
-from wsgateway.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, GatewayError
+from wsgateway.errors import (
+    EXIT_CRASH,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_USAGE,
+    GatewayError,
+    one_line,
+)
+
+_TOKEN = re.compile(r"wsg_[\w-]{20,}|[0-9a-f]{40,}")
+"""Looks like a token of ours or of another backend."""
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        _complain(f"{self.prog}: {message} (see {self.prog} --help)")
         raise SystemExit(EXIT_USAGE)
 
 
@@ -31,15 +43,32 @@ def main(argv: list[str] | None = None) -> int:
     module, function = arguments.command
     try:
         command = getattr(importlib.import_module(f"wsgateway.cli.{module}"), function)
-        return int(command(arguments) or EXIT_OK)
+        code = int(command(arguments) or EXIT_OK)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except GatewayError as error:
-        print(f"wsgateway: {error}", file=sys.stderr)
+        _complain(f"wsgateway: {error}")
         return error.exit_code
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
-        sys.stderr.close()
+        _drop_output()
         return EXIT_OK
+    except OSError as error:
+        _drop_output()
+        _complain(f"wsgateway: {error.strerror or 'input or output failed'}")
+        return EXIT_CRASH
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _complain(text: str) -> None:
+    """Say what is wrong, in one line that shows no token, wherever one was typed by mistake."""
+    print(_TOKEN.sub("***", one_line(text)), file=sys.stderr)
+
+
+def _drop_output() -> None:
+    """Nothing more can be written: what is buffered must not be tried again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def build_parser() -> Parser:

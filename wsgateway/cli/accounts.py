@@ -18,8 +18,11 @@ from typing import Any
 
 from wsgateway import auth, config, store
 from wsgateway.cli import settings
-from wsgateway.errors import EXIT_CRASH, UsageError
+from wsgateway.errors import EXIT_CRASH, UsageError, one_line
 from wsgateway.store import Store, TokenRow
+
+MAX_LINE = 1024
+"""Bytes of a line that a token is read from."""
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -226,7 +229,10 @@ def _expiry(duration: str | None) -> int | None:
 
 
 def _read_token(given: str) -> str:
-    token = sys.stdin.readline().strip() if given == "-" else given
+    token = given
+    if given == "-":
+        line = sys.stdin.buffer.readline(MAX_LINE) if sys.stdin else b""
+        token = line.decode(errors="replace").strip()
     if not token:
         raise UsageError("no token given")
     return token
@@ -286,4 +292,4 @@ def _cell(value: object) -> str:
         return ",".join(map(str, value)) or "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "-" if value in (None, "") else str(value)
+    return "-" if value in (None, "") else one_line(str(value))

@@ -21,8 +21,15 @@ def serve(arguments: argparse.Namespace) -> None:
     if not arguments.demo:
         server.run(loaded.config)
         return
-    if "command line" in (loaded.origins["server.host"], loaded.origins["auth.database"]):
-        raise UsageError("--demo has a database of its own and listens on this machine only")
+    for key, own in (("server.host", "127.0.0.1"), ("auth.database", None)):
+        section, name = key.split(".")
+        if (
+            loaded.origins[key] == "command line"
+            and getattr(getattr(loaded.config, section), name) != own
+        ):
+            raise UsageError(
+                f"--demo has a loopback address and a database of its own: leave out {key}"
+            )
     config, token = asyncio.run(demo.prepare(loaded.config))
     server.run(config, ready=lambda running: _say_what_next(running, token))
 

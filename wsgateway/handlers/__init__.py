@@ -30,7 +30,8 @@ from wsgateway.wire import ABSENT
 BUILT_IN = ("wsgateway.handlers.basic", "wsgateway.handlers.services")
 """Modules with the types of the protocol; a module of the user's may replace any of them."""
 
-_MARK = "__wsgateway_type__"
+_TYPE = "__wsgateway_type__"
+_FAILURE = "__wsgateway_failure__"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -81,6 +82,8 @@ class Handler:
     schema: Any
     default: Callable[[], Any] | None
     """Makes the message where the device sent none; None if one must be sent."""
+    failure: str
+    """How a ServiceError, or a lack of time, is worded; {} is the reason."""
 
     def decode(self, raw: Any) -> Any:
         """The message as the handler declares it. Raises InvalidMessage."""
@@ -96,7 +99,7 @@ class Handler:
             raise _blame(error) from None
 
 
-def handler(message_type: str) -> Callable[[F], F]:
+def handler(message_type: str, *, failure: str = "{}") -> Callable[[F], F]:
     """Mark a function as what answers a message type.
 
     Its first parameter is the message, typed with anything msgspec can convert to (a Struct, str,
@@ -104,10 +107,13 @@ def handler(message_type: str) -> Callable[[F], F]:
     Its second parameter, if any, is the `Device`. A plain function answers at once and must not
     wait or compute for long: everything else stands still meanwhile. A coroutine function gets a
     task; the tasks of one device run one at a time, in order, and are cancelled when it goes.
+
+    ``failure`` words what the device hears of a ServiceError or of a handler that took too long.
     """
 
     def mark(function: F) -> F:
-        setattr(function, _MARK, message_type)
+        setattr(function, _TYPE, message_type)
+        setattr(function, _FAILURE, failure)
         return function
 
     return mark
@@ -144,11 +150,11 @@ def _handlers_in(name: str) -> dict[str, Handler]:
             f"handlers.modules: {name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
     marked = [
-        value for value in vars(module).values() if isinstance(getattr(value, _MARK, None), str)
+        value for value in vars(module).values() if isinstance(getattr(value, _TYPE, None), str)
     ]
     if not marked:
         raise ConfigError(f"handlers.modules: {name!r} has no function marked with @handler(...)")
-    return {getattr(function, _MARK): _describe(function, name) for function in marked}
+    return {getattr(function, _TYPE): _describe(function, name) for function in marked}
 
 
 def _describe(function: Callable[..., Any], module: str) -> Handler:
@@ -161,12 +167,13 @@ def _describe(function: Callable[..., Any], module: str) -> Handler:
     hints = typing.get_type_hints(function)
     schema = hints.get(parameters[0].name, Any) if parameters else Any
     return Handler(
-        type=getattr(function, _MARK),
+        type=getattr(function, _TYPE),
         call=function,
         waits=inspect.iscoroutinefunction(function),
         takes_message=bool(parameters),
         takes_device=len(parameters) == 2,
         schema=schema,
+        failure=getattr(function, _FAILURE),
         default=_default(parameters[0], schema) if parameters else type(None),
     )
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 
-from wsgateway.errors import ServiceError
 from wsgateway.handlers import Device, handler
 
 
@@ -20,10 +19,7 @@ async def chat_message(message: str, device: Device) -> dict[str, Any]:
     return {"type": "chat_response", "message": answer}
 
 
-@handler("weather")
+@handler("weather", failure="Weather query failed: {}")
 async def weather(message: City, device: Device) -> dict[str, Any]:
-    try:
-        data = await device.services.weather.current(message.city)
-    except ServiceError as error:
-        raise ServiceError(f"Weather query failed: {error}") from error
+    data = await device.services.weather.current(message.city)
     return {"type": "weather_response", "data": data}
