@@ -338,7 +338,8 @@ class Connection(asyncio.Protocol):
         end = early.find(b"\r\n\r\n", max(0, before - 3)) + 4
         complete = end >= 4
         if (end if complete else len(early)) > self._door.limits.handshake_bytes:
-            self._answer_plainly(b"431 Request Header Fields Too Large", "too_large")
+            self._metrics.refused["too_large"] += 1
+            self._answer_plainly(b"431 Request Header Fields Too Large")
             return
         # Frames may follow the request in the same read: the core must not see them before it is
         # told the answer, or it would parse them without the extensions that the answer agrees on.
@@ -356,12 +357,10 @@ class Connection(asyncio.Protocol):
                 self._transport.write(b"".join(writes))
                 self._end_of_output()
             else:
-                self._answer_plainly(b"400 Bad Request", "")
+                self._answer_plainly(b"400 Bad Request")
 
-    def _answer_plainly(self, status: bytes, refusal: str) -> None:
+    def _answer_plainly(self, status: bytes) -> None:
         """Answer a request that the core could not read."""
-        if refusal:
-            self._metrics.refused[refusal] += 1
         self._transport.write(
             b"HTTP/1.1 " + status + b"\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
         )
@@ -437,7 +436,7 @@ class Connection(asyncio.Protocol):
             return  # the request was refused; what follows it is nobody's
         self._closing_bytes += len(data)
         if self._closing_bytes > CLOSING_BYTES:
-            self.abort("flood")
+            self._transport.pause_reading()  # the deadline ends it; a reset would lose our reason
             return
         for start in range(0, len(data), CORE_SLICE):
             if self.phase is Phase.CLOSING and not self._transport.is_closing():
@@ -463,8 +462,6 @@ class Connection(asyncio.Protocol):
         if opcode in CONTROL:
             self._control_frames += 1
             if self._control_frames > self._door.limits.control_frames:
-                if self.phase is Phase.CLOSING:
-                    self.abort("flood")
                 self.close(CloseCode.RATE_LIMITED, "too many control frames")
         elif opcode is Opcode.CLOSE or self.phase is not Phase.OPEN or self._session is None:
             return
@@ -582,13 +579,18 @@ class Connection(asyncio.Protocol):
             return
         if self._transport.is_closing():
             return  # uvloop raises where asyncio ignores
+        if self._congested and self._too_slow(len(data)):
+            self.abort("slow")
+            return
         self._written += len(data)
         self._metrics.sent_bytes += len(data)
         self._transport.write(data)
-        if self._congested:
-            waiting = self._transport.get_write_buffer_size()
-            if waiting > self._door.limits.outbound_bytes:
-                self.abort("slow")
+        if self._congested and self._too_slow():
+            self.abort("slow")
+
+    def _too_slow(self, more: int = 0) -> bool:
+        waiting = self._transport.get_write_buffer_size() + more
+        return waiting > self._door.limits.outbound_bytes
 
     def _uncork(self) -> None:
         """Write what was kept back while reading."""
@@ -624,13 +626,13 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _end_of_output(self) -> None:
-        """Half-close, as a full close with unread input would make the kernel reset the
-        connection and take back what was just written."""
+        """Close, or half-close while the peer may still be sending: a full close with unread input
+        would make the kernel reset the connection and take back what was just written."""
         if self.phase is Phase.HANDSHAKE:
             self.phase = Phase.CLOSING
             self._door.closing(self)
         self._uncork()
-        if self._transport.can_write_eof():
+        if self.core.close_rcvd is None and self._transport.can_write_eof():
             self._transport.write_eof()
         else:
             self._transport.close()

@@ -8,7 +8,6 @@ import sys
 
 from wsgateway import demo, handlers, server
 from wsgateway.cli import settings
-from wsgateway.errors import UsageError
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -21,17 +20,14 @@ def serve(arguments: argparse.Namespace) -> None:
     if not arguments.demo:
         server.run(loaded.config)
         return
-    for key, own in (("server.host", "127.0.0.1"), ("auth.database", None)):
-        section, name = key.split(".")
-        if (
-            loaded.origins[key] == "command line"
-            and getattr(getattr(loaded.config, section), name) != own
-        ):
-            raise UsageError(
-                f"--demo has a loopback address and a database of its own: leave out {key}"
-            )
     config, token = asyncio.run(demo.prepare(loaded.config))
-    server.run(config, ready=lambda running: _say_what_next(running, token))
+
+    def ready(running: server.Running) -> None:
+        if "command line" in (loaded.origins["server.host"], loaded.origins["auth.database"]):
+            print("--demo has a loopback address and a database of its own.", file=sys.stderr)
+        _say_what_next(running, token)
+
+    server.run(config, ready=ready)
 
 
 def _say_what_next(running: server.Running, token: str) -> None:
