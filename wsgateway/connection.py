@@ -22,7 +22,7 @@ from typing import Any, Protocol, cast
 
 from websockets.frames import Frame, Opcode, apply_mask  # type: ignore[attr-defined]
 from websockets.http11 import Request, Response
-from websockets.protocol import State
+from websockets.protocol import SEND_EOF, State
 from websockets.server import ServerProtocol
 
 from wsgateway import wire
@@ -40,8 +40,8 @@ CORE_SLICE = 4096
 """Bytes given to the core at once: 682 of the smallest frames, about 10 ms in pure Python, after
 which the limits are looked at again. A read can hold 256 KiB."""
 
-CLOSING_BYTES = 65_536
-"""Bytes that a peer may still send after our close frame: a message may be on the way."""
+CLOSING_BYTES = 131_072
+"""Bytes that a peer may still send after our close frame, as some messages may be on the way."""
 
 FRAMES_PER_LOOK = 256
 """Plain frames handled between two looks at the clock, about 2 ms."""
@@ -305,7 +305,7 @@ class Connection(asyncio.Protocol):
             assert self._early is not None
             self._early += data  # reading is paused: at most what was read with the request
         else:
-            self._read_rest(data, now)
+            self._read_rest(data)
 
     def eof_received(self) -> bool:
         self.core.receive_eof()
@@ -389,7 +389,7 @@ class Connection(asyncio.Protocol):
                 self._held.append(data[start:])
                 return
             if self.phase is not Phase.OPEN:
-                self._read_rest(data[start:], now)
+                self._read_rest(data[start:])
                 return
             self.core.receive_data(data[start : start + CORE_SLICE])
             self._handle_frames(now)
@@ -430,18 +430,21 @@ class Connection(asyncio.Protocol):
                 break
         return position
 
-    def _read_rest(self, data: bytes, now: float) -> None:
+    def _read_rest(self, data: bytes) -> None:
         """After our close frame, look for the peer's only, and not for long."""
         if self.core.state is State.CONNECTING:
             return  # the request was refused; what follows it is nobody's
         self._closing_bytes += len(data)
         if self._closing_bytes > CLOSING_BYTES:
-            self._transport.pause_reading()  # the deadline ends it; a reset would lose our reason
+            self.abort("flood")
             return
         for start in range(0, len(data), CORE_SLICE):
-            if self.phase is Phase.CLOSING and not self._transport.is_closing():
-                self.core.receive_data(data[start : start + CORE_SLICE])
-                self._handle_frames(now)
+            if self.phase is not Phase.CLOSING or self._transport.is_closing():
+                return
+            self.core.receive_data(data[start : start + CORE_SLICE])
+            self.core.events_received()
+            if SEND_EOF in self.core.data_to_send():  # pongs are not for who was told to go
+                self._end_of_output()
 
     def _handle_frames(self, now: float) -> None:
         frames = self.core.events_received()
