@@ -1073,7 +1073,12 @@ async def test_a_device_that_does_not_answer_a_ping_is_closed_with_1011(
     accounts: Accounts, interval: float
 ) -> None:
     async with (
-        running_gateway(accounts, keepalive__interval=interval, keepalive__timeout=0.3) as gateway,
+        running_gateway(
+            accounts,
+            keepalive__interval=interval,
+            keepalive__timeout=0.3,
+            keepalive__close_timeout=0.3,
+        ) as gateway,
         gateway.device() as alive,
         peer(gateway, upgraded=True) as device,
     ):
