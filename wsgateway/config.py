@@ -28,8 +28,8 @@ from msgspec import Meta
 from wsgateway.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "WSGATEWAY_"
-OTHERS = (f"{ENVIRONMENT_PREFIX}CONFIG",)
-"""Variables of ours that are no keys."""
+OTHERS = tuple(ENVIRONMENT_PREFIX + name for name in ("CONFIG", "SERVICE_HOST", "SERVICE_PORT"))
+"""Variables of our prefix that are no keys; Kubernetes sets the last two for a service of our name."""
 
 SYSTEM_FILE = Path("/etc/wsgateway/config.toml")
 

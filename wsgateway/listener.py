@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 TICK = 0.1
 """Seconds between two looks at what is due: the error of every deadline."""
 
+ABORT_SECONDS = 1.0
+"""How long aborted connections may take to be gone; a turn of the loop in practice."""
+
 RECHECK_PAUSE = 1.0
 """Seconds until tokens are compared again where the database could not say."""
 
@@ -121,6 +124,7 @@ class Listener:
                     task.cancel()
                 for connection in list(self._connections):
                     connection.abort("drain")
+                await self._gone(ABORT_SECONDS)
 
     # The Door port.
 
@@ -278,10 +282,14 @@ class Listener:
                     connection.close(CloseCode.RESTART, f'{{"retry_ms":{retry_ms}}}')
             if waiting:
                 await asyncio.sleep(TICK)
+        await self._gone(end - monotonic())
+
+    async def _gone(self, seconds: float) -> None:
+        """Wait until every connection is gone, but not for longer."""
         self._all_gone.clear()
         if self._connections:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(end - monotonic()):
+                async with asyncio.timeout(seconds):
                     await self._all_gone.wait()
 
     def _keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]:

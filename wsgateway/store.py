@@ -329,7 +329,7 @@ async def open_to_write(path: Path, *, create: bool = False) -> AsyncIterator[St
                 await connection.execute("BEGIN IMMEDIATE")
                 yield Store(path, connection)
                 await connection.execute("COMMIT")
-                await connection.execute_fetchall("PRAGMA wal_checkpoint(PASSIVE)")
+                await connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             await connection.close()
 

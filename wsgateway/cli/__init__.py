@@ -55,7 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_OK
     except OSError as error:
         _drop_output()
-        _complain(f"wsgateway: {error.strerror or 'input or output failed'}")
+        if module == "serve" and error.filename is None:
+            raise  # a crash, whose traceback is wanted
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"wsgateway: {where}{error.strerror or 'input or output failed'}")
         return EXIT_CRASH
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
