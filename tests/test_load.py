@@ -18,6 +18,9 @@ pytestmark = [pytest.mark.load, pytest.mark.timeout(600)]
 
 BENCH = Path(__file__).parent.parent / "scripts" / "bench"
 
+PATIENT = {"keepalive__interval": 300, "keepalive__timeout": 300}
+"""The load generator answers no pings while it is busy, which takes long on a busy machine."""
+
 LOAD = """
 import sys
 from load import Load
@@ -75,7 +78,7 @@ class Generator:
 
 
 async def test_fifty_thousand_comings_and_goings_leave_nothing_behind(crowd: Accounts) -> None:
-    async with running_gateway(crowd) as gateway:
+    async with running_gateway(crowd, **PATIENT) as gateway:
         hub, listener = gateway.running.gateway.hub, gateway.running.listener
         load = Generator(gateway, 1000, 1000, 5, 50)
         await load.done()
@@ -99,7 +102,7 @@ async def test_fifty_thousand_comings_and_goings_leave_nothing_behind(crowd: Acc
 
 
 async def test_a_crowd_that_comes_at_once_does_not_hold_up_a_device(crowd: Accounts) -> None:
-    async with running_gateway(crowd) as gateway, gateway.device() as device:
+    async with running_gateway(crowd, **PATIENT) as gateway, gateway.device() as device:
         load = Generator(gateway, 1000, 1000, 5)
         loop, waits = asyncio.get_running_loop(), list[float]()
         done = asyncio.create_task(load.done())
