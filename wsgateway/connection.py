@@ -253,7 +253,7 @@ class Connection(asyncio.Protocol):
         """Cut the connection now: the only end that a stalled peer cannot delay."""
         if self.phase is not Phase.CLOSED:
             self._metrics.aborted[reason] += 1
-            self.phase = Phase.CLOSING
+            self.phase = Phase.CLOSED
             self._transport.abort()
 
     def keepalive(self, allowed: int) -> bool:

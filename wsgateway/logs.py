@@ -33,6 +33,10 @@ MAX_LENGTH = 2048
 MAX_JOINED = 100
 """Lines written at once."""
 
+GATHER_SECONDS = 0.02
+"""How long the first line after a silence waits for others: to wake the writer's thread for each
+costs the loop more than the line does."""
+
 LAST_LINES_SECONDS = 1.0
 """How long the last lines may take when the gateway stops."""
 
@@ -154,6 +158,13 @@ class _Writer(QueueListener):
         self._joined: list[str] = []
         # Where standard error is closed, its number may belong to a socket by now.
         self._descriptor = sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY)
+
+    def dequeue(self, block: bool) -> logging.LogRecord:
+        if not self._lines.empty():
+            return self._lines.get(block)
+        record = self._lines.get(block)
+        time.sleep(GATHER_SECONDS)
+        return record
 
     def handle(self, record: logging.LogRecord) -> None:
         try:
