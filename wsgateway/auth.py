@@ -35,7 +35,7 @@ BATCH: Final = 100
 RETRY_AFTER: Final = 2
 """Seconds that a client refused for the gateway's own trouble is asked to wait."""
 
-GATHER_SECONDS: Final = 0.002
+GATHER_SECONDS: Final = 0.005
 """How long the first look-up waits for others: to ask the database's thread costs about as much as
 ten look-ups do."""
 

@@ -15,7 +15,6 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
 
 import orjson
@@ -23,6 +22,7 @@ import orjson
 from wsgateway.config import Log
 from wsgateway.errors import one_line
 from wsgateway.metrics import Metrics
+from wsgateway.wire import to_the_second
 
 MAX_WAITING = 10_000
 """Lines that may wait for the writer; about 5 MB."""
@@ -239,7 +239,7 @@ def _is_journal() -> bool:
 
 
 def _time(record: logging.LogRecord) -> str:
-    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+    return f"{to_the_second(int(record.created))}.{int(record.msecs):03d}+00:00"
 
 
 def _traceback(text: str) -> str:

@@ -84,11 +84,12 @@ def timestamp() -> str:
     rest of its second.
     """
     second, nanoseconds = divmod(time_ns(), 1_000_000_000)
-    return f"{_to_the_second(second)}.{nanoseconds // 1000:06d}+00:00"
+    return f"{to_the_second(second)}.{nanoseconds // 1000:06d}+00:00"
 
 
 @lru_cache(maxsize=2)
-def _to_the_second(second: int) -> str:
+def to_the_second(second: int) -> str:
+    """Seconds since 1970 as ISO 8601 in UTC, without fraction and offset; quick for the same one."""
     return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
