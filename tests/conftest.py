@@ -118,6 +118,8 @@ def settings(accounts: Accounts, **overrides: object) -> config.Config:
         "auth.database": str(accounts.path),
         "auth.poll_interval": 0.05,
         "drain.window": 2,
+        "api.port": 0,
+        "server.instance": "here",
     }
     flags |= {key.replace("__", ".", 1): value for key, value in overrides.items()}
     return config.load(None, environ={}, flags=flags).config
@@ -182,7 +184,11 @@ class Process:
 def environment(tmp_path: Path) -> dict[str, str]:
     """An environment without configuration, with state in the test's folder."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WSGATEWAY_")}
-    return kept | {"XDG_STATE_HOME": str(tmp_path / "state"), "PYTHONUNBUFFERED": "1"}
+    return kept | {
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+        "PYTHONUNBUFFERED": "1",
+        "WSGATEWAY_API_PORT": "0",
+    }
 
 
 @pytest.fixture

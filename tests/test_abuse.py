@@ -82,20 +82,20 @@ def abused(accounts: Accounts, caplog: pytest.LogCaptureFixture) -> Abused:
 
 async def nothing_left(gateway: Instance, connections: int = 1) -> None:
     """Wait until only so many connections are there, and nothing else is remembered."""
-    listener = gateway.running.listener
+    listener = gateway.running.instance.listener
     await eventually(lambda: listener.connections == connections)
     for registry in ("_handshakes", "_closing", "_congested", "_tasks"):
         await eventually(lambda name=registry: not getattr(listener, name))
     assert sum(map(len, listener._wheel)) == connections
-    assert len(gateway.running.gateway.hub.members("all")) == connections
-    assert len(gateway.running.gateway.hub) == (3 if connections else 0)
+    assert len(gateway.running.instance.gateway.hub.members("all")) == connections
+    assert len(gateway.running.instance.gateway.hub) == (3 if connections else 0)
 
 
 class Watch:
     """The most bytes, read and to be written, that were held for one connection after any turn."""
 
     def __init__(self, gateway: Instance) -> None:
-        self._connections: set[Connection] = gateway.running.listener._connections
+        self._connections: set[Connection] = gateway.running.instance.listener._connections
         self.read = self.unwritten = 0
 
     def look(self) -> None:
@@ -192,7 +192,7 @@ async def test_a_malformed_handshake_is_refused_and_counted_once(
             assert answer.status == status
             assert answer.headers["connection"] == "close"
             assert gateway.token.encode() not in answer.body
-        metrics = gateway.running.metrics
+        metrics = gateway.running.instance.metrics
         assert (sum(metrics.refused.values()), metrics.opened) == (1, 1)
 
 
@@ -208,7 +208,7 @@ async def test_half_a_handshake_is_cut_at_its_deadline(abused: Abused, sent: byt
         async with peer(gateway, sent) as client:
             assert await client.hear_rest() == []
             await nothing_left(gateway)
-        assert gateway.running.metrics.refused == {"handshake_timeout": 1}
+        assert gateway.running.instance.metrics.refused == {"handshake_timeout": 1}
 
 
 async def test_a_handshake_of_one_byte_at_a_time_does_not_move_its_deadline(
@@ -223,7 +223,7 @@ async def test_a_handshake_of_one_byte_at_a_time_does_not_move_its_deadline(
                     async with asyncio.timeout(0.02):
                         await client.reader.read(1)
         assert left
-        assert gateway.running.metrics.refused == {"handshake_timeout": 1}
+        assert gateway.running.instance.metrics.refused == {"handshake_timeout": 1}
 
 
 async def test_a_handshake_that_never_ends_is_not_kept_in_memory(abused: Abused) -> None:
@@ -236,7 +236,7 @@ async def test_a_handshake_that_never_ends_is_not_kept_in_memory(abused: Abused)
             await client.gone()
             await nothing_left(gateway)
         assert watch.read < 131_072
-        assert sum(gateway.running.metrics.refused.values()) == 1
+        assert sum(gateway.running.instance.metrics.refused.values()) == 1
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 20, 61], ids=str)
@@ -273,7 +273,7 @@ async def test_what_follows_a_refused_request_is_nobodys(abused: Abused) -> None
             assert (answer.status, answer.body) == (403, UNAUTHORIZED)
             await nothing_left(gateway)
         assert watch.read < MIB // 2
-        assert gateway.running.metrics.received == {}
+        assert gateway.running.instance.metrics.received == {}
 
 
 # Messages.
@@ -418,7 +418,7 @@ async def test_a_broken_frame_ends_the_connection_after_the_answers_before_it(
             assert untimed(pong.message) == PONG
             assert last.code == code
         await nothing_left(gateway)
-        assert gateway.running.metrics.closed[str(code)] == 1
+        assert gateway.running.instance.metrics.closed[str(code)] == 1
 
 
 def masked(first: int, length: bytes, data: bytes) -> bytes:
@@ -518,7 +518,7 @@ async def test_forty_mebibytes_of_pings_from_a_peer_that_never_reads_are_not_kep
             await nothing_left(gateway)
         assert watch.unwritten <= MIB
         assert watch.read < MIB // 2
-        aborted = gateway.running.metrics.aborted
+        aborted = gateway.running.instance.metrics.aborted
         assert sum(aborted.values()) == 1
         assert not limits or aborted["slow"] == 1
         await bystander.is_answered()
@@ -545,10 +545,10 @@ async def test_a_stalled_reader_is_cut_when_too_much_waits_and_others_get_everyt
         stalled(gateway, accounts),
         watching(gateway) as watch,
     ):
-        aborted = gateway.running.metrics.aborted
+        aborted = gateway.running.instance.metrics.aborted
         while not aborted and bystander.notes < 1000:
             before = bystander.notes
-            await gateway.running.gateway.to_all(NOTE)
+            await gateway.running.instance.gateway.to_all(NOTE)
             await eventually(lambda before=before: bystander.notes == before + 1)
         assert aborted == {"slow": 1}
         assert watch.unwritten <= 262_144
@@ -563,8 +563,8 @@ async def test_a_stalled_reader_is_cut_within_a_second_also_if_nothing_more_is_s
         stalled(gateway, accounts) as (user, _),
     ):
         for _ in range(400):  # 12 MB, of which the system takes no more than 4
-            gateway.running.gateway.to_user(user, NOTE)
-        aborted = gateway.running.metrics.aborted
+            gateway.running.instance.gateway.to_user(user, NOTE)
+        aborted = gateway.running.instance.metrics.aborted
         await eventually(lambda: aborted == {"slow": 1}, seconds=3)
         await nothing_left(gateway)
 
@@ -576,24 +576,24 @@ async def test_a_reader_that_takes_nothing_is_cut_though_little_waits(
         abused(limits__outbound_stall=0.5) as (gateway, _),
         stalled(gateway, accounts) as (user, _),
     ):
-        listener = gateway.running.listener
+        listener = gateway.running.instance.listener
         while not listener._congested:
-            await gateway.running.gateway.to_user(user, NOTE)
+            await gateway.running.instance.gateway.to_user(user, NOTE)
             await asyncio.sleep(0)
         await nothing_left(gateway)
-        assert gateway.running.metrics.aborted == {"stalled": 1}
+        assert gateway.running.instance.metrics.aborted == {"stalled": 1}
 
 
 async def test_a_reader_that_is_stalled_does_not_hold_up_a_drain(accounts: Accounts) -> None:
     async with running_gateway(accounts, drain__window=0.5) as gateway:
         async with stalled(gateway, accounts) as (user, _), peer(gateway, upgraded=True):
-            while not gateway.running.listener._congested:
-                await gateway.running.gateway.to_user(user, NOTE)
+            while not gateway.running.instance.listener._congested:
+                await gateway.running.instance.gateway.to_user(user, NOTE)
                 await asyncio.sleep(0)
             async with asyncio.timeout(0.5 + 2):
                 await gateway.shut_down()
         await nothing_left(gateway, 0)
-        assert gateway.running.metrics.aborted["drain"] == 2
+        assert gateway.running.instance.metrics.aborted["drain"] == 2
 
 
 # Peers that do not say goodbye.
@@ -627,7 +627,7 @@ async def test_a_peer_that_does_not_answer_a_close_frame_is_cut(
             code = await cause(gateway, device, accounts)
             assert (await device.hear_rest())[-1].code == code
             await nothing_left(gateway)
-        assert gateway.running.metrics.aborted == {"close_timeout": 1}
+        assert gateway.running.instance.metrics.aborted == {"close_timeout": 1}
 
 
 async def test_a_peer_that_goes_on_after_our_close_frame_is_not_listened_to(
@@ -644,8 +644,8 @@ async def test_a_peer_that_goes_on_after_our_close_frame_is_not_listened_to(
                 device.send(frame(b"x" * 60_000) * 16)
                 await device.writer.drain()
         await nothing_left(gateway)
-        assert sum(gateway.running.metrics.aborted.values()) == 1
-        assert gateway.running.metrics.received_bytes < MIB
+        assert sum(gateway.running.instance.metrics.aborted.values()) == 1
+        assert gateway.running.instance.metrics.received_bytes < MIB
         assert watch.read < MIB // 2
 
 
@@ -660,8 +660,8 @@ async def test_a_peer_whose_close_frame_crosses_ours_hears_no_second_one(
             device.send(frame(b"\x03\xe8", Opcode.CLOSE))
             assert await device.hear_rest() == []
         await nothing_left(gateway)
-        assert gateway.running.metrics.aborted == {}
-        assert gateway.running.metrics.closed == {"4001": 1}
+        assert gateway.running.instance.metrics.aborted == {}
+        assert gateway.running.instance.metrics.closed == {"4001": 1}
 
 
 LEAVING: list[tuple[str, bool, bytes]] = [
@@ -687,7 +687,7 @@ async def test_a_peer_that_leaves_without_a_word_is_forgotten(
     async with abused() as (gateway, _):
         sent = sent.replace(b"TOKEN", gateway.token.encode())
         async with peer(gateway, sent, upgraded=upgraded) as client:
-            await eventually(lambda: gateway.running.listener.connections != 1)
+            await eventually(lambda: gateway.running.instance.listener.connections != 1)
             if reset:
                 end = client.transport.get_extra_info("socket")
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -729,7 +729,7 @@ async def test_reading_pauses_while_too_many_messages_wait_and_then_goes_on(
     abused: Abused, gate: asyncio.Event
 ) -> None:
     async with abused(**HELD) as (gateway, bystander), peer(gateway, upgraded=True) as device:
-        metrics = gateway.running.metrics
+        metrics = gateway.running.instance.metrics
         device.send(chats(0, 30))
         await eventually(lambda: metrics.paused)
         device.send(chats(30, 60), frame(b"?", Opcode.PING), chats(60, 90))
@@ -750,7 +750,7 @@ async def test_what_comes_while_reading_is_paused_stays_with_its_sender(
         watching(gateway) as watch,
         peer(gateway, upgraded=True) as device,
     ):
-        metrics = gateway.running.metrics
+        metrics = gateway.running.instance.metrics
         device.send(chats(0, 10))
         await eventually(lambda: metrics.paused)
         received = metrics.received_bytes
@@ -774,7 +774,7 @@ async def test_a_peer_that_leaves_while_reading_is_paused_is_forgotten(
     async with abused(**HELD, handlers__timeout=0.2) as (gateway, _):
         async with peer(gateway, upgraded=True) as device:
             device.send(chats(0, 10))
-            await eventually(lambda: gateway.running.metrics.paused)
+            await eventually(lambda: gateway.running.instance.metrics.paused)
             if reset:
                 end = device.transport.get_extra_info("socket")
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -786,7 +786,7 @@ async def test_a_device_whose_reading_is_paused_is_still_cut_when_its_token_ends
 ) -> None:
     async with abused(**HELD) as (gateway, _), peer(gateway, upgraded=True) as device:
         device.send(chats(0, 10))
-        await eventually(lambda: gateway.running.metrics.paused)
+        await eventually(lambda: gateway.running.instance.metrics.paused)
         accounts.execute("UPDATE tokens SET revoked_at = 1 WHERE id = 1")
         (last,) = await device.hear_rest()
         assert last.code == 4001
@@ -810,7 +810,7 @@ async def test_a_device_whose_reading_is_paused_is_not_taken_for_dead(
         peer(gateway, upgraded=True) as device,
     ):
         device.send(chats(0, 10))
-        await eventually(lambda: gateway.running.metrics.paused)
+        await eventually(lambda: gateway.running.instance.metrics.paused)
         conversing = asyncio.create_task(converse(device, 10))
         done, _ = await asyncio.wait({conversing}, timeout=0.6)
         assert not done

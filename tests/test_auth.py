@@ -246,7 +246,7 @@ async def test_five_hundred_different_tokens_are_told_apart(accounts: Accounts) 
         await asyncio.gather(
             *(stack.enter_async_context(gateway.device(token)) for token in tokens)
         )
-        metrics, hub = gateway.running.metrics, gateway.running.gateway.hub
+        metrics, hub = gateway.running.instance.metrics, gateway.running.instance.gateway.hub
         assert metrics.lookups == {"database": 500}
         assert metrics.opened == 500
         for number in tokens.values():
@@ -547,7 +547,7 @@ async def test_the_primary_device_of_a_connected_token_moves_it_to_the_right_gro
             assert (await asyncio.to_thread(cli, *command)).returncode == 0
             assert await close_code(device) == 1012
         async with gateway.device():
-            hub = gateway.running.gateway.hub
+            hub = gateway.running.instance.gateway.hub
             assert (len(hub.members("device_1")), len(hub.members("device_2"))) == (0, 1)
 
 

@@ -195,7 +195,7 @@ async def test_the_javascript_client_that_is_refused_gives_up_after_six_tries(
             device.command("wait", 20 * 2**6)  # when a seventh try would be due
             await device.until("waited")
         assert tap.statuses == [403] * 6
-        assert gateway.running.metrics.refused == {"unknown": 6}
+        assert gateway.running.instance.metrics.refused == {"unknown": 6}
         assert delays(device) == [40, 80, 160, 320, 640, None]
         assert [event["code"] for event in device.of("closed")] == [1006] * 6
         pauses = [
@@ -289,7 +289,7 @@ async def test_the_javascript_client_that_disconnects_gets_its_1000_back_and_sta
         (passage,) = tap.passages
         assert said(passage, JAVASCRIPT_TIME) == [("CLOSE", "1000 用户离线")]
         assert heard(passage) == [compact(STATUS), ("CLOSE", "1000 用户离线")]
-        await eventually(lambda: gateway.running.metrics.closed == {"1000": 1})
+        await eventually(lambda: gateway.running.instance.metrics.closed == {"1000": 1})
 
 
 @in_javascript
@@ -316,7 +316,9 @@ async def test_the_origin_of_a_page_decides_where_origins_are_listed(
             await device.until("message" if expected == 101 else "closed")
         assert tap.statuses == [expected]
         assert tap.passages[0].header("origin") == machine.origin
-        assert gateway.running.metrics.refused == ({"origin": 1} if expected == 403 else {})
+        assert gateway.running.instance.metrics.refused == (
+            {"origin": 1} if expected == 403 else {}
+        )
 
 
 # The Python client.

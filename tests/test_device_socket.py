@@ -307,7 +307,7 @@ async def test_a_user_without_a_device_is_let_in_with_a_warning(
     user, _ = await accounts.add_user("bob")
     async with connect(gateway.url(await accounts.add_token(user))) as device:
         status = orjson.loads(await device.recv())
-        assert list(gateway.running.gateway.hub.groups()) == ["all", user_group(user)]
+        assert list(gateway.running.instance.gateway.hub.groups()) == ["all", user_group(user)]
     assert (status["user_id"], status["device_id"]) == (str(user), None)
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
@@ -325,15 +325,15 @@ async def test_a_bound_token_joins_its_device_and_any_other_the_primary_one(
         status = orjson.loads(await lamp.recv())
         assert (status["user_id"], status["device_id"]) == ("1", second)
         for send, hearers in (
-            (lambda: gateway.running.gateway.to_device(1, {"n": 1}), [primary]),
-            (lambda: gateway.running.gateway.to_device(second, {"n": 2}), [lamp]),
-            (lambda: gateway.running.gateway.to_user(1, {"n": 3}), [primary, lamp]),
-            (lambda: gateway.running.gateway.to_all({"n": 4}), [primary, lamp]),
+            (lambda: gateway.running.instance.gateway.to_device(1, {"n": 1}), [primary]),
+            (lambda: gateway.running.instance.gateway.to_device(second, {"n": 2}), [lamp]),
+            (lambda: gateway.running.instance.gateway.to_user(1, {"n": 3}), [primary, lamp]),
+            (lambda: gateway.running.instance.gateway.to_all({"n": 4}), [primary, lamp]),
         ):
             assert (await send()).written == len(hearers)
         assert [orjson.loads(await primary.recv())["n"] for _ in range(3)] == [1, 3, 4]
         assert [orjson.loads(await lamp.recv())["n"] for _ in range(3)] == [2, 3, 4]
-    await eventually(lambda: len(gateway.running.gateway.hub) == 0)
+    await eventually(lambda: len(gateway.running.instance.gateway.hub) == 0)
 
 
 TARGETS = [
@@ -448,7 +448,7 @@ async def test_a_path_with_another_users_id_is_counted_and_logged_once(
     sent = request(f"/ws/device/99/?token={accounts.token}")
     assert [await outcome(gateway, sent) for _ in range(3)] == ["1"] * 3
     assert await outcome(gateway, request(f"/ws/device/1/?token={accounts.token}")) == "1"
-    assert gateway.running.metrics.path_id_mismatches == 3
+    assert gateway.running.instance.metrics.path_id_mismatches == 3
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
     assert "user=1" in warnings[0].getMessage()
@@ -548,7 +548,7 @@ async def test_whoever_may_not_come_in_is_refused_without_a_reason(
             else:
                 assert answer.status == 101
                 assert await client.hear() == (Opcode.CLOSE, (4001).to_bytes(2, "big"))
-        assert gateway.running.metrics.refused == {reason: 1}
+        assert gateway.running.instance.metrics.refused == {reason: 1}
     assert f"reason={reason}" in caplog.text
     assert not token or token not in caplog.text
 
@@ -574,7 +574,7 @@ async def test_origins_are_an_allow_list(
     ) as gateway:
         sent = request(f"/ws/device/?token={accounts.token}", VERSIONED, *headers)
         assert await outcome(gateway, sent) == expected
-        assert gateway.running.metrics.refused["origin"] == (expected == "403")
+        assert gateway.running.instance.metrics.refused["origin"] == (expected == "403")
 
 
 async def test_any_origin_may_come_by_default(gateway: Instance) -> None:
@@ -601,28 +601,28 @@ async def test_who_comes_when_it_is_full_is_to_come_again(
             answer = await fetch(gateway, request(f"/ws/device/?token={gateway.token}", header))
             assert (answer.status, answer.body) == (503, UNAVAILABLE)
             assert 1 <= int(answer.headers["retry-after"]) <= 60
-        assert gateway.running.metrics.refused == {why: 2}
+        assert gateway.running.instance.metrics.refused == {why: 2}
         assert untimed(await ask(device, PING)) == {"type": "pong"}
         await device.close()
-        await eventually(lambda: gateway.running.listener.connections == 0)
+        await eventually(lambda: gateway.running.instance.listener.connections == 0)
         async with gateway.device():
             pass
 
 
 async def test_who_comes_with_too_many_others_is_to_come_again(accounts: Accounts) -> None:
     async with running_gateway(accounts, limits__handshakes=1) as gateway, peer(gateway):
-        await eventually(lambda: gateway.running.listener.connections == 1)
+        await eventually(lambda: gateway.running.instance.listener.connections == 1)
         answer = await fetch(gateway, request(f"/ws/device/?token={gateway.token}"))
         assert (answer.status, answer.body) == (503, UNAVAILABLE)
-        assert gateway.running.metrics.refused == {"handshakes": 1}
+        assert gateway.running.instance.metrics.refused == {"handshakes": 1}
 
 
 async def test_who_comes_while_it_drains_is_to_come_again(accounts: Accounts) -> None:
     async with running_gateway(accounts) as gateway:
         async with peer(gateway) as late, peer(gateway) as curious, peer(gateway) as last:
-            await eventually(lambda: gateway.running.listener.connections == 3)
+            await eventually(lambda: gateway.running.instance.listener.connections == 3)
             gateway.stop.set()
-            await eventually(lambda: gateway.running.admission.draining)
+            await eventually(lambda: gateway.running.instance.admission.draining)
             late.send(request(f"/ws/device/?token={gateway.token}", VERSIONED))
             answer = await late.answer()
             assert (answer.status, answer.body) == (503, UNAVAILABLE)
@@ -691,7 +691,7 @@ async def test_readiness_follows_the_token_database(gateway: Instance, accounts:
     answer = await fetch(gateway, request(f"/ws/device/?token={gateway.token}"))
     assert (answer.status, answer.body) == (503, UNAVAILABLE)
     away.rename(accounts.path)
-    await eventually(lambda: gateway.running.authenticator.usable)
+    await eventually(lambda: gateway.running.instance.authenticator.usable)
     assert await outcome(gateway, request(f"/ws/device/?token={gateway.token}")) == "1"
 
 
@@ -705,14 +705,14 @@ async def test_an_internal_error_while_connecting_is_told_without_its_text(
         def inherit(self, owner: object, now: float) -> Window:
             raise RuntimeError("hunter2")
 
-    gateway.running.admission.departed = BrokenMemory(1, 1, 1)
+    gateway.running.instance.admission.departed = BrokenMemory(1, 1, 1)
     async with peer(gateway, request(f"/ws/device/?token={gateway.token}", header)) as client:
         answer = await client.answer()
         if expected == "500":
             assert (answer.status, answer.body) == (500, b'{"error":"internal"}')
         else:
             assert await client.hear() == (Opcode.CLOSE, (4000).to_bytes(2, "big"))
-    assert gateway.running.metrics.refused == {"internal": 1}
+    assert gateway.running.instance.metrics.refused == {"internal": 1}
     assert sum(record.levelname == "ERROR" for record in caplog.records) == 1
 
 
@@ -837,7 +837,7 @@ class BrokenChat:
 
 
 async def test_the_device_is_told_why_a_provider_failed(gateway: Instance) -> None:
-    gateway.running.listener.services = Services(BrokenWeather(), BrokenChat())
+    gateway.running.instance.listener.services = Services(BrokenWeather(), BrokenChat())
     async with gateway.device() as device:
         answer = await ask(device, {"type": "weather", "message": {"city": "上海"}})
         assert untimed(answer) == error("Weather query failed: no city 上海", "SERVICE_ERROR")
@@ -847,7 +847,7 @@ async def test_the_device_is_told_why_a_provider_failed(gateway: Instance) -> No
 
 async def test_the_device_is_told_that_a_provider_timed_out(accounts: Accounts) -> None:
     async with running_gateway(accounts, handlers__timeout=0.2) as gateway:
-        gateway.running.listener.services = Services(HangingWeather(), BrokenChat())
+        gateway.running.instance.listener.services = Services(HangingWeather(), BrokenChat())
         async with gateway.device() as device:
             answer = untimed(await ask(device, {"type": "weather"}))
             assert answer["code"] == "SERVICE_ERROR"
@@ -944,7 +944,7 @@ async def test_a_message_that_cannot_be_answered_gets_an_error_and_the_device_st
     async with running_gateway(accounts, **OWN) as gateway, gateway.device() as device:
         assert untimed(await ask(device, message)) == error(*expected)
         assert untimed(await ask(device, PING)) == {"type": "pong"}
-        assert gateway.running.metrics.errors == {expected[1]: 1}
+        assert gateway.running.instance.metrics.errors == {expected[1]: 1}
 
 
 async def test_a_handler_that_never_answers_is_given_up(accounts: Accounts) -> None:
@@ -1008,12 +1008,12 @@ async def test_more_messages_than_allowed_end_in_4008_and_a_reconnect_wins_nothi
             answer = await ask(device, PING)
             assert untimed(answer) == error("Rate limit exceeded", "RATE_LIMITED")
             assert await close_code(device) == 4008
-        await eventually(lambda: gateway.running.listener.connections == 0)
+        await eventually(lambda: gateway.running.instance.listener.connections == 0)
         for header in ("X: y", VERSIONED):
             answer = await fetch(gateway, request(f"/ws/device/?token={gateway.token}", header))
             assert (answer.status, answer.body) == (503, UNAVAILABLE)
             assert 30 <= int(answer.headers["retry-after"]) <= 60
-        assert gateway.running.metrics.refused == {"rate": 2}
+        assert gateway.running.instance.metrics.refused == {"rate": 2}
         async with gateway.device(other) as device:
             assert untimed(await ask(device, PING)) == {"type": "pong"}
 
@@ -1023,7 +1023,7 @@ async def test_a_reconnect_inherits_what_was_used_and_no_more(accounts: Accounts
         for _ in range(3):
             async with gateway.device() as device:
                 await ask(device, PING)
-            await eventually(lambda: gateway.running.listener.connections == 0)
+            await eventually(lambda: gateway.running.instance.listener.connections == 0)
         async with gateway.device() as device:
             assert untimed(await ask(device, PING)) == {"type": "pong"}
             assert (await ask(device, PING))["code"] == "RATE_LIMITED"
@@ -1033,13 +1033,13 @@ async def test_a_device_may_come_back_when_it_was_told_to(accounts: Accounts) ->
     async with running_gateway(accounts, limits__messages=1, limits__window=1) as gateway:
         async with gateway.device() as device:
             await ask(device, PING)
-        await eventually(lambda: gateway.running.listener.connections == 0)
+        await eventually(lambda: gateway.running.instance.listener.connections == 0)
         refused = request(f"/ws/device/?token={gateway.token}")
         async with asyncio.timeout(10):
             while (code := await outcome(gateway, refused)) == "503":
                 pass
         assert code == "1"
-        assert gateway.running.metrics.refused["rate"] > 0
+        assert gateway.running.instance.metrics.refused["rate"] > 0
 
 
 async def test_protocol_pings_are_answered_and_no_messages(accounts: Accounts) -> None:
@@ -1191,11 +1191,11 @@ async def test_a_reader_that_is_too_slow_sees_1006(accounts: Accounts) -> None:
         gateway.device(max_queue=1) as slow,
     ):
         message = {"type": "note", "message": "x" * 30_000}
-        while gateway.running.metrics.aborted["slow"] == 0:
-            await gateway.running.gateway.to_all(message)
+        while gateway.running.instance.metrics.aborted["slow"] == 0:
+            await gateway.running.instance.gateway.to_all(message)
             await asyncio.sleep(0)
         assert await close_code(slow) is None
-        assert gateway.running.metrics.closed == {"1006": 1}
+        assert gateway.running.instance.metrics.closed == {"1006": 1}
 
 
 @pytest.mark.parametrize(
@@ -1205,5 +1205,5 @@ async def test_a_devices_close_is_echoed(gateway: Instance, said: bytes) -> None
     async with peer(gateway, upgraded=True) as device:
         device.send(frame(said, Opcode.CLOSE))
         assert await device.hear_rest() == [(Opcode.CLOSE, said)]
-    await eventually(lambda: gateway.running.listener.connections == 0)
-    assert gateway.running.metrics.aborted == {}
+    await eventually(lambda: gateway.running.instance.listener.connections == 0)
+    assert gateway.running.instance.metrics.aborted == {}

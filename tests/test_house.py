@@ -13,13 +13,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
     {"errors", "background"},
-    {"config", "metrics", "wire", "hub", "limits"},
-    {"logs", "store", "providers", "fanout", "handshake"},
-    {"handlers", "gateway", "auth"},
-    {"session"},
-    {"connection"},
-    {"admission"},
-    {"listener"},
+    {"config", "metrics", "wire", "hub", "limits", "ledger", "timings"},
+    {"logs", "store", "providers", "fanout", "handshake", "envelope"},
+    {"handlers", "gateway", "auth", "link"},
+    {"session", "accounts", "roster", "cluster", "mirror"},
+    {"connection", "control", "sends", "presence"},
+    {"admission", "ingest"},
+    {"listener", "federation", "api"},
     {"server", "demo"},
     {"cli"},
 ]
@@ -30,8 +30,10 @@ THIRD_PARTY = {
     "aiosqlite": {"store"},
     "sqlite3": {"store"},
     "uvloop": {"server"},
-    "msgspec": {"config", "handlers", "demo"},
-    "orjson": {"wire", "handshake", "logs"},
+    "redis": {"link"},
+    "aiohttp": {"api"},
+    "msgspec": {"config", "handlers", "demo", "server", "api"},
+    "orjson": {"wire", "handshake", "logs", "envelope", "cluster", "presence", "ingest", "api"},
 }
 """Where a library may be imported. Handlers use msgspec as a user's own types do."""
 

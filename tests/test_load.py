@@ -79,7 +79,7 @@ class Generator:
 
 async def test_fifty_thousand_comings_and_goings_leave_nothing_behind(crowd: Accounts) -> None:
     async with running_gateway(crowd, **PATIENT) as gateway:
-        hub, listener = gateway.running.gateway.hub, gateway.running.listener
+        hub, listener = gateway.running.instance.gateway.hub, gateway.running.instance.listener
         load = Generator(gateway, 1000, 1000, 5, 50)
         await load.done()
         await eventually(lambda: listener.connections == 1000, 60)
@@ -94,11 +94,11 @@ async def test_fifty_thousand_comings_and_goings_leave_nothing_behind(crowd: Acc
         await eventually(lambda: listener.connections == 0, 60)
         assert grown < 0.1
         assert len(hub) == 0
-        assert len(gateway.running.admission.departed) == 0
+        assert len(gateway.running.instance.admission.departed) == 0
         for registry in ("_handshakes", "_closing", "_congested", "_tasks"):
             assert not getattr(listener, registry), registry
         assert not any(listener._wheel)
-        assert gateway.running.metrics.opened == 56_000
+        assert gateway.running.instance.metrics.opened == 56_000
 
 
 async def test_a_crowd_that_comes_at_once_does_not_hold_up_a_device(crowd: Accounts) -> None:

@@ -79,10 +79,15 @@ def test_only_what_is_wrong_is_coloured_on_a_terminal() -> None:
     assert " \x1b[31merror\x1b[0m x" in colour.format(record("x", level="error"))
 
 
-def test_a_json_line_has_time_level_logger_and_message() -> None:
-    line = json.loads(JsonFormatter().format(record("设备 user=%s", 7, name="wsgateway.x")))
+def test_a_json_line_has_time_level_instance_logger_and_message() -> None:
+    line = json.loads(JsonFormatter("n1").format(record("设备 user=%s", 7, name="wsgateway.x")))
     assert re.fullmatch(TIME, line.pop("time"))
-    assert line == {"level": "info", "logger": "wsgateway.x", "message": "设备 user=7"}
+    assert line == {
+        "level": "info",
+        "instance": "n1",
+        "logger": "wsgateway.x",
+        "message": "设备 user=7",
+    }
     line = json.loads(JsonFormatter().format(failed("boo")))
     told = [part.strip() for part in line["exception"].split("\n")]
     assert told[0] == "Traceback (most recent call last):"

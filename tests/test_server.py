@@ -108,16 +108,18 @@ def ping(connection: ClientConnection) -> str:
 
 @LOOPS
 def test_one_line_says_what_it_runs_on(tokens: Tokens, serve: Serve, loop: str) -> None:
-    gateway = serve(*LOOPBACK, "--loop", loop, "--set", "limits.connections=77")
+    name = ("--set", "server.instance=north")
+    gateway = serve(*LOOPBACK, "--loop", loop, "--set", "limits.connections=77", *name)
     with device(gateway, tokens.valid) as connection:
         assert ping(connection) == "pong"
     lines = [line for line in gateway.log.read_text().splitlines() if " ready " in line]
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     assert len(lines) == 1
-    assert lines[0].endswith(
-        f" info wsgateway {__version__} ready pid={gateway.popen.pid} "
-        f"devices=127.0.0.1:{gateway.port} max_connections=77 descriptors={hard} "
-        f"database={tokens.path} loop={loop}"
+    assert re.search(
+        rf" info north wsgateway {re.escape(__version__)} ready pid={gateway.popen.pid} "
+        rf"instance=north devices=127.0.0.1:{gateway.port} api=127.0.0.1:\d+ redis=off "
+        rf"max_connections=77 descriptors={hard} database={tokens.path} loop={loop}$",
+        lines[0],
     )
     assert gateway.stop() == 0
 
@@ -356,7 +358,7 @@ def test_a_signal_sends_every_device_away_and_ends_it_in_time_whatever_peers_do(
         assert time.monotonic() - began < window + 2 + slack
     said = gateway.log.read_text()
     assert "Traceback" not in said
-    assert " info draining connections=10 seconds=1\n" in said
+    assert " draining connections=10 seconds=1\n" in said
     assert " info stopped\n" in said
     assert said.count(" device in ") == said.count(" device out ") == 8
 

@@ -84,8 +84,11 @@ class Admission:
             if refusal:
                 raise Refused(refusal, random.randint(*RETRY_AFTER))  # noqa: S311 - spreads retries
             identity = await self._identify(visit)
-            if connection.phase is Phase.DECIDING:
-                self._admit(connection, response, identity)
+            async with self._gateway.arriving(
+                identity.user_id, identity.device_id, self._config.redis.subscribe_timeout
+            ):
+                if connection.phase is Phase.DECIDING:
+                    self._admit(connection, response, identity)
         except Refused as error:
             self._refuse(connection, response, visit, error)
         except Exception:

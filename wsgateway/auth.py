@@ -15,9 +15,9 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Container, Iterable
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from wsgateway import background, config, store
 from wsgateway.errors import Refused, StoreBusy, StoreError
@@ -38,6 +38,9 @@ RETRY_AFTER: Final = 2
 GATHER_SECONDS: Final = 0.005
 """How long the first look-up waits for others: to ask the database's thread costs about as much as
 ten look-ups do."""
+
+MAX_CALLERS: Final = 1000
+"""Keys of the HTTP API remembered, for ``cache_ttl``."""
 
 DEADLINE_STEP: Final = 0.1
 """Seconds between two looks at who waited too long."""
@@ -64,6 +67,13 @@ class Identity(NamedTuple):
     epoch: int
 
 
+class Caller(NamedTuple):
+    """Who calls the HTTP API: the user's or the key's name, and what he may do."""
+
+    name: str
+    scope: str
+
+
 def new_token() -> str:
     """A token with 256 random bits."""
     return f"wsg_{secrets.token_urlsafe(32)}"
@@ -74,8 +84,8 @@ def hash_token(token: str) -> str:
     return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()
 
 
-def ended(row: TokenRow | None, now: float) -> str | None:
-    """Why a token does not open the device socket at ``now`` (seconds since 1970), or None."""
+def ended(row: TokenRow | None, now: float, scopes: Container[str] = ("device",)) -> str | None:
+    """Why a token is not good for these scopes at ``now`` (seconds since 1970), or None."""
     if row is None:
         return "unknown"
     if row.revoked_at is not None:
@@ -84,7 +94,7 @@ def ended(row: TokenRow | None, now: float) -> str | None:
         return "expired"
     if not row.user_active:
         return "disabled"
-    return None if row.scope == "device" else "scope"
+    return None if row.scope in scopes else "scope"
 
 
 class _LookUp(NamedTuple):
@@ -115,12 +125,14 @@ class Authenticator:
         self._exit = contextlib.AsyncExitStack()
         self._epoch = 0
         self._in_flight = 0
-        self._changes_noticed = 0
+        self.changes_noticed = 0
+        """Times that the database changed, or was lost, since the start."""
         self._seen_changes = 0
         self._damaged = False
         self._waiting: dict[str, _LookUp] = {}  # oldest first
         self._arrived = asyncio.Event()
         self._cache: OrderedDict[str, tuple[float, Identity]] = OrderedDict()
+        self._callers: dict[str, tuple[float, Caller]] = {}
 
     @property
     def usable(self) -> bool:
@@ -139,27 +151,42 @@ class Authenticator:
         if len(token) > MAX_TOKEN_LENGTH:
             raise Refused("unknown")
         token_hash = hash_token(token)
-        now = time.time()
         cached = self._cache.get(token_hash)
         if cached is not None and cached[0] > time.monotonic():
-            if cached[1].expires_at is not None and cached[1].expires_at <= now:
+            if cached[1].expires_at is not None and cached[1].expires_at <= time.time():
                 raise Refused("expired")
             self._metrics.lookups["cache"] += 1
             return cached[1]
-        row, changes = None, -1
-        while changes != self._changes_noticed:
-            # A change that is noticed while the look-up is under way may be newer than its answer,
-            # and the connection is not there yet to be compared with it.
-            changes = self._changes_noticed
-            row = await self._look_up(token_hash)
-        reason = ended(row, now)
-        if row is None or not hmac.compare_digest(row.hash, token_hash) or reason:
-            raise Refused(reason or "unknown")
+        row = await self._check(token_hash, ("device",))
         identity = Identity(
             row.id, row.hash, row.user_id, row.device_id, row.expires_at, self._epoch
         )
         self._remember(token_hash, identity)
         return identity
+
+    async def caller(self, token: str) -> Caller:
+        """Who calls the HTTP API with a token of scope api or admin. Raises Refused, as above."""
+        if not self.usable:
+            raise Refused("database", RETRY_AFTER)
+        if len(token) > MAX_TOKEN_LENGTH:
+            raise Refused("unknown")
+        token_hash = hash_token(token)
+        known = self._callers.get(token_hash)
+        if known is not None and known[0] > time.time():
+            return known[1]
+        row = await self._check(token_hash, ("api", "admin"))
+        caller = Caller(row.user_name, row.scope)
+        if len(self._callers) >= MAX_CALLERS:
+            self._callers.clear()
+        until = time.time() + self._settings.cache_ttl
+        self._callers[token_hash] = (min(until, row.expires_at or until), caller)
+        return caller
+
+    async def exists(self, kind: Literal["user", "device"], number: int) -> bool:
+        """Whether there is such a user or device. Raises StoreError."""
+        if self._store is None:
+            raise StoreError("the token database is not open")
+        return await self._store.exists(kind, number)
 
     async def changed(self, identities: Iterable[Identity]) -> dict[Identity, str]:
         """Which of these may not stay as they are, and why.
@@ -201,8 +228,22 @@ class Authenticator:
 
     def forget(self) -> None:
         """Answer the next question about every token from the database."""
-        self._changes_noticed += 1
+        self.changes_noticed += 1
         self._cache.clear()
+        self._callers.clear()
+
+    async def _check(self, token_hash: str, scopes: Container[str]) -> TokenRow:
+        """The token with that hash, if it is good for one of the scopes. Raises Refused."""
+        row, changes = None, -1
+        while changes != self.changes_noticed:
+            # A change that is noticed while the look-up is under way may be newer than its answer,
+            # and the connection is not there yet to be compared with it.
+            changes = self.changes_noticed
+            row = await self._look_up(token_hash)
+        reason = ended(row, time.time(), scopes)
+        if row is None or not hmac.compare_digest(row.hash, token_hash) or reason:
+            raise Refused(reason or "unknown")
+        return row
 
     async def _look_up(self, token_hash: str) -> TokenRow | None:
         if self._in_flight >= self._settings.max_lookups:

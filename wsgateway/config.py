@@ -28,8 +28,12 @@ from msgspec import Meta
 from wsgateway.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "WSGATEWAY_"
-OTHERS = tuple(ENVIRONMENT_PREFIX + name for name in ("CONFIG", "SERVICE_HOST", "SERVICE_PORT"))
-"""Variables of our prefix that are no keys; Kubernetes sets the last two for a service of our name."""
+OTHERS = tuple(
+    ENVIRONMENT_PREFIX + name
+    for name in ("CONFIG", "URL", "API_KEY", "API_KEY_FILE", "SERVICE_HOST", "SERVICE_PORT")
+)
+"""Variables of our prefix that are no keys: those of the commands that call a running gateway, and
+the two that Kubernetes sets for a service of our name."""
 
 SYSTEM_FILE = Path("/etc/wsgateway/config.toml")
 
@@ -50,6 +54,9 @@ Bytes = Annotated[int, Meta(ge=0, le=1 << 40, extra={"unit": "bytes"})]
 Count = Annotated[int, Meta(ge=0, le=MOST)]
 Positive = Annotated[int, Meta(ge=1, le=MOST)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
+Name = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9._:-]{0,64}$", extra={"of": "letters, digits and . _ : -"})
+]
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,6 +72,17 @@ class Server(Section, frozen=True):
         Positive,
         doc("Connections the kernel may hold before they are accepted: room for a fleet's return."),
     ] = 4096
+    reuse_port: Annotated[
+        bool,
+        doc("Share the port with other instances on this host (SO_REUSEPORT); each needs a name."),
+    ] = False
+    instance: Annotated[
+        Name,
+        doc(
+            "Name of this instance in logs, metrics and answers, the same after a restart; empty: "
+            "the host's name with a random ending."
+        ),
+    ] = ""
 
 
 class Runtime(Section, frozen=True):
@@ -229,6 +247,84 @@ class Chat(Section, frozen=True):
     provider: Annotated[Literal["echo"], doc("'echo' repeats the message, as a test.")] = "echo"
 
 
+class ApiKey(Section, frozen=True):
+    """A key of the HTTP API that is no token of the database."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    scope: Literal["api", "admin"] = "api"
+
+
+class Api(Section, frozen=True):
+    """Where backends send, look and cut: the HTTP API."""
+
+    enabled: Annotated[bool, doc("Serve it.")] = True
+    host: Annotated[
+        str, doc("Address it listens on; other than loopback, put TLS and a firewall before it.")
+    ] = "127.0.0.1"
+    port: Annotated[Port, doc("Its port; 0 takes a free one.")] = 8001
+    keys: Annotated[
+        tuple[ApiKey, ...],
+        doc(
+            "Keys besides the database's tokens of scope api and admin: [[api.keys]] with name, "
+            "sha256 (of the key, in hex) and scope.",
+            of="tables with name, sha256 (64 hex digits) and scope ('api' or 'admin')",
+        ),
+    ] = ()
+    body_bytes: Annotated[Bytes, doc("Longest request body; longer ones get 413.")] = 1_048_576
+    body_timeout: Annotated[Seconds, doc("How long a request body may take to arrive.")] = 10.0
+    requests: Annotated[
+        Positive, doc("Requests under way; beyond, callers get 503 instead of a longer queue.")
+    ] = 1000
+    connections: Annotated[
+        Positive, doc("Open connections of callers; beyond, new ones are closed at once.")
+    ] = 2000
+    receipt_timeout: Annotated[
+        Seconds, doc("How long a send waits for what other instances answer, unless it says so.")
+    ] = 0.5
+    idempotency_keys: Annotated[
+        Positive, doc("Idempotency keys remembered for 5 minutes; the oldest is forgotten first.")
+    ] = 100_000
+
+
+class Redis(Section, frozen=True):
+    """What makes several instances one: group traffic and presence through Redis."""
+
+    url: Annotated[
+        str,
+        doc(
+            "redis://[user:password@]host:6379/0, rediss:// for TLS, unix:///path; empty: this "
+            "instance is alone. Whoever may PUBLISH there can reach every device.",
+            secret=True,
+        ),
+    ] = ""
+    prefix: Annotated[
+        Name, doc("Begins every key and channel, so that two deployments may share a Redis.")
+    ] = "wsgateway:"
+    timeout: Annotated[
+        Seconds, doc("How long Redis may take to connect or to answer before it counts as away.")
+    ] = 2.0
+    subscribe_timeout: Annotated[
+        Seconds,
+        doc("How long a device waits until its groups are subscribed; then it comes in, counted."),
+    ] = 1.0
+    publish_bytes: Annotated[
+        Bytes, doc("Messages that may wait for Redis; beyond, they are not mirrored, counted.")
+    ] = 16_777_216
+
+
+class Queue(Section, frozen=True):
+    """The Redis list that backends push messages to."""
+
+    enabled: Annotated[bool, doc("Take messages from it, where Redis is configured.")] = True
+    name: Annotated[str, doc("The list; without the prefix, as producers know it.")] = (
+        "device_messages"
+    )
+    rejected: Annotated[
+        Positive, doc("Bad items kept in the reject list; the oldest is dropped first.")
+    ] = 1000
+
+
 class Drain(Section, frozen=True):
     """How the gateway stops."""
 
@@ -261,6 +357,9 @@ class Config(Section, frozen=True):
     handlers: Handlers = Handlers()
     weather: Weather = Weather()
     chat: Chat = Chat()
+    api: Api = Api()
+    redis: Redis = Redis()
+    queue: Queue = Queue()
     drain: Drain = Drain()
     log: Log = Log()
 
@@ -333,7 +432,7 @@ class Key:
         if get_origin(self.type) is Literal:
             return "one of " + ", ".join(repr(choice) for choice in get_args(self.type))
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        text = words.get(self.type, "a list of texts")
+        text = self._extra.get("of") or words.get(self.type, "a list of texts")
         if self.unit == "seconds":
             text = 'a duration such as "20s" or "1m30s"'
         elif self.unit == "bytes":
@@ -547,7 +646,7 @@ def _from_environment(
     for variable, raw in environ.items():
         if variable in variables and raw != "":  # empty means unset, as for most programs
             yield variables[variable], raw, f"${variable}"
-        elif variable.startswith(sections) and variable not in variables:
+        elif variable.startswith(sections) and variable not in (*variables, *OTHERS):
             close = difflib.get_close_matches(variable, variables, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(f"${variable}: no such key{hint}")
@@ -650,18 +749,26 @@ NOT_ZERO = (
     "handlers.timeout",
     "auth.lookup_timeout",
     "auth.poll_interval",
+    "api.body_timeout",
+    "redis.timeout",
 )
 """Durations that cannot be switched off."""
 
 
 def _check_combinations(config: Config) -> None:
     """Refuse values that are each allowed and cannot hold together."""
-    limits, keepalive = config.limits, config.keepalive
     for path in NOT_ZERO:
         section, name = path.split(".")
         if getattr(getattr(config, section), name) <= 0:
             raise ConfigError(f'{path} = "0s": must be longer than 0')
-    rules = [
+    for broken, sentence in (*_limit_rules(config), *_other_rules(config)):
+        if broken:
+            raise ConfigError(sentence)
+
+
+def _limit_rules(config: Config) -> list[tuple[bool, str]]:
+    limits = config.limits
+    return [
         (
             limits.message_bytes < limits.message_characters,
             f"limits.message_bytes = {limits.message_bytes}: must be at least "
@@ -678,12 +785,18 @@ def _check_combinations(config: Config) -> None:
             f"limits.message_bytes ({limits.message_bytes})",
         ),
         (
-            keepalive.interval > 600,
-            f'keepalive.interval = "{keepalive.interval:g}s": at most 10m, or a dead peer is not found',
-        ),
-        (
             limits.handshake_bytes < 1024,
             f"limits.handshake_bytes = {limits.handshake_bytes}: no request fits into less than 1024",
+        ),
+    ]
+
+
+def _other_rules(config: Config) -> list[tuple[bool, str]]:
+    keepalive = config.keepalive
+    return [
+        (
+            keepalive.interval > 600,
+            f'keepalive.interval = "{keepalive.interval:g}s": at most 10m, or a dead peer is not found',
         ),
         (
             config.auth.poll_interval > 5,
@@ -694,10 +807,15 @@ def _check_combinations(config: Config) -> None:
             config.auth.require_origin and "*" in config.auth.origins,
             "auth.require_origin = true: needs a list of auth.origins without '*'",
         ),
+        (
+            not re.match("redis://|rediss://|unix://|$", config.redis.url),
+            "redis.url: must begin with redis://, rediss:// or unix://",
+        ),
+        (
+            len({key.name for key in config.api.keys}) < len(config.api.keys),
+            "api.keys: two keys have the same name",
+        ),
     ]
-    for broken, sentence in rules:
-        if broken:
-            raise ConfigError(sentence)
 
 
 def _wrap(text: str, prefix: str, width: int = 96) -> list[str]:

@@ -179,6 +179,11 @@ class Connection(asyncio.Protocol):
         return self.identity.device_id
 
     @property
+    def token_hash(self) -> str:
+        assert self.identity is not None
+        return self.identity.token_hash
+
+    @property
     def services(self) -> Services:
         return self._door.services
 

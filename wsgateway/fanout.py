@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Protocol
 
 from wsgateway.hub import Hub
@@ -42,11 +42,12 @@ class Delivery:
     members, never for a device; then ``written`` and ``dropped`` add up to ``matched``.
     """
 
-    __slots__ = ("_done", "matched", "written")
+    __slots__ = ("_callback", "_done", "matched", "written")
 
     def __init__(self, matched: int) -> None:
         self.matched = matched
         self.written = 0
+        self._callback: Callable[[Delivery], None] | None = None
         self._done: asyncio.Future[None] | bool = matched == 0
 
     @property
@@ -62,6 +63,15 @@ class Delivery:
                 self._done.set_result(None)
         else:
             self._done = True
+        if self._callback is not None:
+            self._callback(self)
+
+    def then(self, callback: Callable[[Delivery], None]) -> None:
+        """Call once it is done, at once if it is; one callback at most."""
+        if self._done is True or (self._done is not False and self._done.done()):
+            callback(self)
+        else:
+            self._callback = callback
 
     def __await__(self) -> Generator[object, None, Delivery]:
         if self._done is False:

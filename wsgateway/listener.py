@@ -106,7 +106,11 @@ class Listener:
         loop = asyncio.get_running_loop()
         try:
             sockets = await loop.create_server(
-                lambda: Connection(self), server.host, server.port, backlog=server.backlog
+                lambda: Connection(self),
+                server.host,
+                server.port,
+                backlog=server.backlog,
+                reuse_port=server.reuse_port or None,
             )
         except (OSError, UnicodeError) as error:
             raise StartError(

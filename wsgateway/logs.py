@@ -94,13 +94,14 @@ class RepeatFilter(logging.Filter):
 class TextFormatter(logging.Formatter):
     """A line for people: time and level unless the journal adds them, message, traceback."""
 
-    def __init__(self, *, journal: bool = False, colour: bool = False) -> None:
+    def __init__(self, instance: str = "", *, journal: bool = False, colour: bool = False) -> None:
         super().__init__()
+        self._instance = f"{instance} " if instance else ""
         self._journal = journal
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        text = _bounded(record.getMessage())
+        text = self._instance + _bounded(record.getMessage())
         if record.exc_info:
             text += "\n" + _traceback(self.formatException(record.exc_info))
         if self._journal:
@@ -113,12 +114,17 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, exception if any."""
+    """One JSON object a line: time, level, instance, logger, message, exception if any."""
+
+    def __init__(self, instance: str = "") -> None:
+        super().__init__()
+        self._instance = instance
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "time": _time(record),
             "level": record.levelname.lower(),
+            "instance": self._instance,
             "logger": record.name,
             "message": _bounded(record.getMessage()),
         }
@@ -195,8 +201,11 @@ class _Writer(QueueListener):
 
 
 @contextlib.contextmanager
-def writing(settings: Log, metrics: Metrics) -> Iterator[None]:
-    """Write the log to standard error until leaving; then write what still waits."""
+def writing(settings: Log, metrics: Metrics, instance: str = "") -> Iterator[None]:
+    """Write the log to standard error until leaving; then write what still waits.
+
+    Every line has the name of the ``instance``.
+    """
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     entrance = _BoundedQueueHandler(lines, metrics)
     entrance.addFilter(RepeatFilter())
@@ -208,7 +217,7 @@ def writing(settings: Log, metrics: Metrics) -> Iterator[None]:
     root.setLevel(settings.level.upper())
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
-    writer = _Writer(lines, _formatter(settings))
+    writer = _Writer(lines, _formatter(settings, instance))
     writer.start()
     try:
         yield
@@ -217,12 +226,12 @@ def writing(settings: Log, metrics: Metrics) -> Iterator[None]:
         writer.stop()
 
 
-def _formatter(settings: Log) -> logging.Formatter:
+def _formatter(settings: Log, instance: str) -> logging.Formatter:
     if settings.format == "json":
-        return JsonFormatter()
+        return JsonFormatter(instance)
     journal = settings.format == "auto" and _is_journal()
     colour = settings.format == "auto" and _is_terminal() and not os.environ.get("NO_COLOR")
-    return TextFormatter(journal=journal, colour=colour)
+    return TextFormatter(instance, journal=journal, colour=colour)
 
 
 def _is_terminal() -> bool:

@@ -6,7 +6,7 @@ counters it was given, in place, so that counting costs an integer addition.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 
@@ -56,3 +56,64 @@ class Metrics:
     """Message windows of devices that left, dropped because too many were remembered."""
     log_lines_dropped: int = 0
     """Log lines that were not written because the log was slower than the gateway."""
+
+    redis_states: dict[str, str] = field(default_factory=dict)
+    """How each connection to Redis stands, by what it is for."""
+    redis_overflows: int = 0
+    """Submissions to Redis refused because too many bytes were waiting."""
+    mirror_published: Counter[str] = field(default_factory=Counter)
+    """Group messages for other instances, by fate: taken, not_sent, unknown."""
+    mirror_received: int = 0
+    """Group messages that came through Redis."""
+    mirror_rejected: Counter[str] = field(default_factory=Counter)
+    """What came through Redis and could not be passed on, by reason."""
+    mirror_duplicates: int = 0
+    """Group messages dropped because they came before, or too late to keep the order."""
+    mirror_interruptions: int = 0
+    """Times that the subscriber's connection was lost."""
+    mirror_gaps: int = 0
+    """Times that messages of another instance were missing."""
+    mirror_lost: int = 0
+    """Messages of other instances that never arrived."""
+    mirror_lag: float = 0.0
+    """Seconds that the last probe took through Redis and back."""
+    unconfirmed: int = 0
+    """Devices let in before Redis confirmed their groups."""
+    receipts_incomplete: int = 0
+    """Sends for which an instance did not answer in time, or Redis was away."""
+    queue_items: Counter[str] = field(default_factory=Counter)
+    """Items taken from the queue, by fate: sent, rejected, taken_over."""
+    api_requests: Counter[int] = field(default_factory=Counter)
+    """Requests to the HTTP API, by status."""
+    api_busy: int = 0
+    """Requests to the HTTP API refused because too many were under way."""
+
+
+class Rates:
+    """How many a second lately, from two looks at the counters some seconds apart."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._samples: deque[tuple[float, dict[str, int]]] = deque(maxlen=3)
+
+    def sample(self, now: float) -> None:
+        """Look at the counters; to be called every few seconds."""
+        metrics = self._metrics
+        self._samples.append(
+            (
+                now,
+                {
+                    "messages_in": metrics.received.total(),
+                    "messages_out": metrics.sent,
+                    "connects": metrics.opened,
+                },
+            )
+        )
+
+    def per_second(self) -> dict[str, float]:
+        """``{"messages_in", "messages_out", "connects"}`` per second, of the last 5 to 10 s."""
+        if not self._samples:
+            return {}
+        (began, first), (ended, last) = self._samples[0], self._samples[-1]
+        seconds = max(ended - began, 1e-9)
+        return {name: round((last[name] - first[name]) / seconds, 1) for name in last}

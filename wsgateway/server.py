@@ -7,28 +7,60 @@ order of entering is the order of stopping.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
+import re
 import resource
+import secrets
 import signal
-from collections.abc import Callable
+import socket
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from wsgateway import __version__, handlers, logs, providers
+from wsgateway.accounts import Accounts
 from wsgateway.admission import Admission
 from wsgateway.auth import Authenticator
+from wsgateway.cluster import Cluster
 from wsgateway.config import Config
+from wsgateway.control import Control
 from wsgateway.errors import ConfigError
 from wsgateway.fanout import Fanout, Member
 from wsgateway.gateway import Gateway
 from wsgateway.hub import Hub
 from wsgateway.listener import Listener
 from wsgateway.metrics import Metrics
+from wsgateway.roster import Roster
+from wsgateway.sends import Sends
 from wsgateway.session import Rules
 
+if TYPE_CHECKING:
+    from wsgateway.federation import Federation
+    from wsgateway.ingest import Ingest
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """The parts of one instance, complete and not yet running."""
+
+    gateway: Gateway
+    listener: Listener
+    admission: Admission
+    authenticator: Authenticator
+    accounts: Accounts
+    cluster: Cluster
+    sends: Sends
+    roster: Roster
+    control: Control
+    federation: Federation | None
+    metrics: Metrics
 
 
 @dataclass(frozen=True)
@@ -36,11 +68,8 @@ class Running:
     """An instance that is ready: where it listens, and its parts for those who look inside."""
 
     addresses: list[tuple[str, int]]
-    gateway: Gateway
-    listener: Listener
-    admission: Admission
-    authenticator: Authenticator
-    metrics: Metrics
+    api_address: tuple[str, int] | None
+    instance: Instance
 
 
 async def serve(
@@ -58,30 +87,91 @@ async def serve(
         GatewayError: it cannot start; one line says why.
 
     """
-    metrics = metrics or Metrics()
-    database = config.database()
-    services = providers.build(config)
+    config = named(config)
+    instance = build(config, metrics or Metrics())
+    async with contextlib.AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        await enter(instance.authenticator.running(instance.listener.recheck_tokens))
+        queue = await enter(instance.federation.running(instance)) if instance.federation else None
+        api_address = await enter(_open_api(config, instance, queue))
+        addresses = await enter(instance.listener.open())
+        log.info("wsgateway %s ready %s", __version__, _banner(config, addresses, api_address))
+        ready(Running(addresses, api_address, instance))
+        await stop.wait()
+    log.info("stopped")
+
+
+def build(config: Config, metrics: Metrics) -> Instance:
+    """The parts of an instance. Raises ConfigError."""
+    name, database = config.server.instance, config.database()
     rules = Rules(
         handlers.load(config.handlers.modules),
         config.limits.message_characters,
         config.handlers.timeout,
         metrics,
     )
-    max_connections = connection_limit(config)
+    federation = _federation(config, metrics)
+    mirror = federation.mirror if federation else None
     hub: Hub[Member] = Hub()
-    gateway = Gateway(hub, Fanout(hub, metrics, config.limits.fanout_bytes))
+    gateway = Gateway(hub, Fanout(hub, metrics, config.limits.fanout_bytes), mirror, metrics)
     authenticator = Authenticator(config.auth, database, metrics)
     admission = Admission(config, authenticator, gateway, rules, metrics)
-    listener = Listener(
-        config, admission, authenticator, gateway, services, metrics, max_connections
+    cluster = Cluster(name, mirror, metrics)
+    roster = Roster(hub, name)
+    accounts = Accounts(database, authenticator)
+    return Instance(
+        gateway=gateway,
+        listener=Listener(
+            config,
+            admission,
+            authenticator,
+            gateway,
+            providers.build(config),
+            metrics,
+            connection_limit(config),
+        ),
+        admission=admission,
+        authenticator=authenticator,
+        accounts=accounts,
+        cluster=cluster,
+        sends=Sends(gateway, cluster, mirror, metrics),
+        roster=roster,
+        control=Control(cluster, roster, accounts),
+        federation=federation,
+        metrics=metrics,
     )
-    async with authenticator.running(listener.recheck_tokens), listener.open() as addresses:
-        log.info(
-            "wsgateway %s ready %s", __version__, _banner(addresses, max_connections, database)
-        )
-        ready(Running(addresses, gateway, listener, admission, authenticator, metrics))
-        await stop.wait()
-    log.info("stopped")
+
+
+def named(config: Config) -> Config:
+    """The configuration with a name for this instance: the host's with a random ending if none."""
+    if config.server.instance:
+        return config
+    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:50]
+    server = msgspec.structs.replace(config.server, instance=f"{host}-{secrets.token_hex(3)}")
+    return msgspec.structs.replace(config, server=server)
+
+
+def _federation(config: Config, metrics: Metrics) -> Federation | None:
+    if not config.redis.url:
+        return None
+    from wsgateway.federation import Federation  # redis is imported only where it is used
+
+    return Federation(config, secrets.token_hex(4), metrics)
+
+
+@contextlib.asynccontextmanager
+async def _open_api(
+    config: Config, instance: Instance, queue: Ingest | None
+) -> AsyncIterator[tuple[str, int] | None]:
+    if not config.api.enabled:
+        yield None
+        return
+    from wsgateway.api.context import Api  # aiohttp is imported only where it is used
+    from wsgateway.api.listener import Listener as ApiListener
+
+    api = Api.of(config, instance, queue)
+    async with ApiListener(config.api, api, instance.authenticator).open() as address:
+        yield address
 
 
 def run(config: Config, ready: Callable[[Running], None] = lambda _: None) -> None:
@@ -93,9 +183,9 @@ def run(config: Config, ready: Callable[[Running], None] = lambda _: None) -> No
         GatewayError: it cannot start; one line says why.
 
     """
-    metrics = Metrics()
+    config, metrics = named(config), Metrics()
     with (
-        logs.writing(config.log, metrics),
+        logs.writing(config.log, metrics, config.server.instance),
         asyncio.Runner(loop_factory=_loop_factory(config)) as runner,
     ):
         # Garbage of a connection is freed by reference count; rarer collections of the long-lived
@@ -165,10 +255,15 @@ def _loop_factory(config: Config) -> Callable[[], asyncio.AbstractEventLoop] | N
     return None
 
 
-def _banner(addresses: list[tuple[str, int]], max_connections: int, database: Path) -> str:
+def _banner(
+    config: Config, addresses: list[tuple[str, int]], api_address: tuple[str, int] | None
+) -> str:
     loop = type(asyncio.get_running_loop()).__module__.split(".")[0]
     where = ",".join(f"{host}:{port}" for host, port in addresses)
+    api = f"{api_address[0]}:{api_address[1]}" if api_address else "off"
     return (
-        f"pid={os.getpid()} devices={where} max_connections={max_connections} "
-        f"descriptors={resource.getrlimit(resource.RLIMIT_NOFILE)[0]} database={database} loop={loop}"
+        f"pid={os.getpid()} instance={config.server.instance} devices={where} api={api} "
+        f"redis={'on' if config.redis.url else 'off'} max_connections={connection_limit(config)} "
+        f"descriptors={resource.getrlimit(resource.RLIMIT_NOFILE)[0]} "
+        f"database={config.database()} loop={loop}"
     )

@@ -137,10 +137,15 @@ class Store:
         sql = f"{_TOKEN_COLUMNS} WHERE t.hash IN (SELECT value FROM json_each(?))"
         return {row[1]: TokenRow(*row) for row in await self._all(sql, json.dumps(list(hashes)))}
 
-    async def tokens(self, user_id: int | None = None) -> list[TokenRow]:
-        """All tokens, or those of a user, oldest first."""
-        sql = f"{_TOKEN_COLUMNS} WHERE ?1 IS NULL OR t.user_id = ?1 ORDER BY t.id"
-        return [TokenRow(*row) for row in await self._all(sql, user_id)]
+    async def tokens(
+        self, user_id: int | None = None, *, after: int = 0, limit: int = -1
+    ) -> list[TokenRow]:
+        """All tokens, or those of a user, by id: those after an id, ``limit`` at most."""
+        sql = (
+            f"{_TOKEN_COLUMNS} WHERE (?1 IS NULL OR t.user_id = ?1) AND t.id > ?2"
+            " ORDER BY t.id LIMIT ?3"
+        )
+        return [TokenRow(*row) for row in await self._all(sql, user_id, after, limit)]
 
     async def add_token(
         self,
@@ -188,6 +193,10 @@ class Store:
                AND revoked_at IS NULL AND coalesce(expires_at, unixepoch() + 1) > unixepoch()) AS tokens
                FROM users ORDER BY id"""
         )
+
+    async def exists(self, kind: Literal["user", "device"], number: int) -> bool:
+        """Whether there is a user or device with that id."""
+        return bool(await self._all(f"SELECT 1 FROM {kind}s WHERE id = ?", number))
 
     async def user_id(self, name_or_id: str) -> int:
         """The id of a user named or numbered so. Raises NotFound."""

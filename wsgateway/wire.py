@@ -38,6 +38,7 @@ class CloseCode(enum.IntEnum):
     RESTART = 1012
     CONNECT_FAILED = 4000
     TOKEN_ENDED = 4001
+    DISCONNECTED = 4003
     RATE_LIMITED = 4008
     REPLACED = 4010
 
@@ -169,6 +170,14 @@ def parse(payload: bytes) -> tuple[str, Any]:
     if sent_at is not None and not _is_time(sent_at):
         raise invalid({"timestamp": ["Not a valid datetime."]})
     return kind, document.get("message", ABSENT)
+
+
+def read_object(payload: bytes) -> dict[str, Any]:
+    """A JSON object of a backend that can be sent on to devices. Raises ValueError for others."""
+    document = orjson.loads(payload)
+    if type(document) is not dict or _deeper_than(document, MAX_DEPTH):
+        raise ValueError("no object, or nested too deeply")
+    return document
 
 
 def invalid(errors: Mapping[str, list[str]]) -> WireError:

@@ -12,14 +12,14 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import wraps
 from typing import Any
 
 from wsgateway import auth, config, store
+from wsgateway.accounts import iso_time, public
 from wsgateway.cli import settings
 from wsgateway.errors import EXIT_CRASH, UsageError, one_line
-from wsgateway.store import Store, TokenRow
+from wsgateway.store import Store
 
 MAX_LINE = 1024
 """Bytes of a line that a token is read from."""
@@ -153,7 +153,7 @@ async def token_create(arguments: argparse.Namespace) -> None:
         "user_id": user_id,
         "device_id": device_id,
         "scope": arguments.scope,
-        "expires_at": _time(expires_at),
+        "expires_at": iso_time(expires_at),
     }
     _tell(arguments, row, token, f"token {token_id} (shown only now):\n{token}")
 
@@ -162,7 +162,7 @@ async def token_create(arguments: argparse.Namespace) -> None:
 async def token_list(arguments: argparse.Namespace) -> None:
     async with _reading(arguments) as db:
         user_id = await db.user_id(arguments.user) if arguments.user else None
-        rows = [_public(row) for row in await db.tokens(user_id)]
+        rows = [public(row) for row in await db.tokens(user_id)]
     columns = ("id", "user_id", "user_name", "device_id", "scope", "label", "expires_at", "state")
     _list(arguments, columns, rows)
 
@@ -185,7 +185,7 @@ async def token_check(arguments: argparse.Namespace) -> int | None:
     async with _reading(arguments) as db:
         row = (await db.tokens_by_hash([token_hash])).get(token_hash)
     reason = auth.ended(row, time.time())
-    answer = {"valid": reason is None, "reason": reason} | (_public(row) if row else {})
+    answer = {"valid": reason is None, "reason": reason} | (public(row) if row else {})
     text = "valid" if reason is None else f"not valid for devices: {reason}"
     _tell(arguments, answer, text, text)
     return None if reason is None else EXIT_CRASH
@@ -236,29 +236,6 @@ def _read_token(given: str) -> str:
     if not token:
         raise UsageError("no token given")
     return token
-
-
-def _public(row: TokenRow) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "user_id": row.user_id,
-        "user_name": row.user_name,
-        "device_id": row.device_id,
-        "scope": row.scope,
-        "label": row.label,
-        "created_at": _time(row.created_at),
-        "expires_at": _time(row.expires_at),
-        "state": _state(row),
-    }
-
-
-def _state(row: TokenRow) -> str:
-    reason = auth.ended(row, time.time())
-    return "valid" if reason in (None, "scope") else str(reason)
-
-
-def _time(seconds: int | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 def _tell(arguments: argparse.Namespace, row: Mapping[str, Any], quiet: object, text: str) -> None:

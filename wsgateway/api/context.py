@@ -1,0 +1,89 @@
+"""What the calls of the HTTP API work with.
+
+Only this module lists it; nothing here knows HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from wsgateway.accounts import Accounts
+from wsgateway.admission import Admission
+from wsgateway.api.idempotency import Idempotency
+from wsgateway.cluster import Cluster
+from wsgateway.config import Config
+from wsgateway.control import Control
+from wsgateway.gateway import Gateway
+from wsgateway.metrics import Metrics, Rates
+from wsgateway.sends import Sends
+from wsgateway.timings import Timings
+
+
+class Parts(Protocol):
+    """What an instance has and calls use."""
+
+    @property
+    def accounts(self) -> Accounts: ...
+    @property
+    def admission(self) -> Admission: ...
+    @property
+    def cluster(self) -> Cluster: ...
+    @property
+    def control(self) -> Control: ...
+    @property
+    def gateway(self) -> Gateway: ...
+    @property
+    def metrics(self) -> Metrics: ...
+    @property
+    def sends(self) -> Sends: ...
+
+
+class Queue(Protocol):
+    """The queue of messages in Redis. Each raises ConnectionError where Redis is away."""
+
+    async def size(self) -> dict[str, int]: ...
+    async def enqueue(self, user_id: int, message: Any) -> int: ...
+    async def clear(self) -> int: ...
+
+
+@dataclass
+class Api:
+    """The parts of one instance that calls use."""
+
+    sends: Sends
+    control: Control
+    cluster: Cluster
+    accounts: Accounts
+    queue: Queue | None
+    metrics: Metrics
+    idempotency: Idempotency
+    max_message: int
+    receipt_timeout: float
+    is_here: Callable[[str], bool]
+    """Whether a group has a member on this instance."""
+    not_ready: Callable[[], list[str]]
+    """Why no device could come in now; empty if one could."""
+    rates: Rates
+    timings: Timings
+
+    @classmethod
+    def of(cls, config: Config, parts: Parts, queue: Queue | None) -> Api:
+        """What calls to one instance work with."""
+        hub = parts.gateway.hub
+        return cls(
+            sends=parts.sends,
+            control=parts.control,
+            cluster=parts.cluster,
+            accounts=parts.accounts,
+            queue=queue,
+            metrics=parts.metrics,
+            idempotency=Idempotency(config.api.idempotency_keys),
+            max_message=config.limits.message_bytes,
+            receipt_timeout=config.api.receipt_timeout,
+            is_here=lambda group: bool(hub.members(group)),
+            not_ready=parts.admission.not_ready,
+            rates=Rates(parts.metrics),
+            timings=Timings(),
+        )

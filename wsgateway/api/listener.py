@@ -1,0 +1,290 @@
+"""The HTTP listener: requests in, JSON out.
+
+Only this module imports aiohttp. It reads and checks what a call's declaration says, finds out who
+calls, and words every failure; it bounds the body's size and time, the requests under way and the
+connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import logging
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from time import monotonic, perf_counter
+from typing import Any, Final
+
+import msgspec
+import orjson
+from aiohttp import web
+
+from wsgateway import background, config
+from wsgateway.api import documents, messages, people, problems, queue, status, tokens
+from wsgateway.api.context import Api
+from wsgateway.api.problems import Problem
+from wsgateway.api.routes import ROUTES, Answer, Call, NoQuery, Route
+from wsgateway.auth import Authenticator, Caller
+from wsgateway.errors import Conflict, NotFound, Refused, StartError, StoreError
+
+log = logging.getLogger(__name__)
+
+MODULES = (messages, people, tokens, queue, status)
+"""Where the calls are declared."""
+
+SAMPLE_SECONDS: Final = 5.0
+"""Seconds between two looks at the counters, for the rates."""
+
+STOP_SECONDS: Final = 2.0
+"""How long requests under way may take when the gateway stops."""
+
+MAX_KEY: Final = 128
+"""Characters of an idempotency key."""
+
+JSON_HEADERS: Final = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+
+Handler = Any
+
+
+class Listener:
+    """Answers requests to one instance."""
+
+    def __init__(self, settings: config.Api, api: Api, authenticator: Authenticator) -> None:
+        self._settings = settings
+        self._api = api
+        self._authenticator = authenticator
+        self._keys = {key.sha256: Caller(key.name, key.scope) for key in settings.keys}
+        self._under_way = 0
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[tuple[str, int]]:
+        """Listen; the address. On leaving, requests under way get a moment to be answered.
+
+        Raises:
+            StartError: the address cannot be listened on.
+
+        """
+        settings = self._settings
+        app = web.Application(client_max_size=settings.body_bytes)
+        for route in ROUTES:
+            app.router.add_route(route.method, route.path, self._handler(route))
+        for path, document in documents.documents(self._api).items():
+            app.router.add_get(path, self._plain(document))
+        app.middlewares.append(_in_json)
+        runner = web.AppRunner(
+            app, handle_signals=False, access_log=None, shutdown_timeout=STOP_SECONDS
+        )
+        await runner.setup()
+        try:
+            loop = asyncio.get_running_loop()
+            try:
+                server = await loop.create_server(
+                    lambda: self._protocol(runner), settings.host, settings.port
+                )
+            except (OSError, UnicodeError) as error:
+                raise StartError(
+                    f"cannot listen on {settings.host}:{settings.port} for the HTTP API: "
+                    f"{_why(error)}: set api.port, or api.enabled = false"
+                ) from None
+            async with background.running(self._sample()):
+                try:
+                    yield server.sockets[0].getsockname()[:2]
+                finally:
+                    server.close()
+        finally:
+            await runner.cleanup()
+
+    def _protocol(self, runner: web.AppRunner) -> asyncio.Protocol:
+        assert runner.server is not None
+        if len(runner.server.connections) >= self._settings.connections:
+            self._api.metrics.api_busy += 1
+            return _Closed()
+        return runner.server()
+
+    def _handler(self, route: Route) -> Handler:
+        async def handle(request: web.Request) -> web.Response:
+            started = perf_counter()
+            if self._under_way >= self._settings.requests:
+                self._api.metrics.api_busy += 1
+                raise problems.unavailable("too many requests are under way", 1)
+            self._under_way += 1
+            try:
+                caller = await self._caller(request, route)
+                call = Call(
+                    caller,
+                    _path(request, route),
+                    _query(request, route),
+                    await self._body(request, route),
+                    _idempotency_key(request),
+                )
+                answer = await route.function(self._api, call)
+            except NotFound as error:
+                raise problems.not_found(str(error)) from None
+            except Conflict as error:
+                raise problems.conflict(str(error)) from None
+            except StoreError:
+                raise problems.unavailable("the token database does not answer") from None
+            except ConnectionError:
+                raise problems.unavailable("redis does not answer") from None
+            finally:
+                self._under_way -= 1
+                self._api.timings.note(route.function.__name__, perf_counter() - started)
+            self._api.metrics.api_requests[200] += 1
+            document = (
+                answer.body
+                if isinstance(answer, Answer)
+                else {"status": "success", "message": "ok", "data": answer}
+            )
+            return web.Response(body=orjson.dumps(document), headers=JSON_HEADERS)
+
+        return handle
+
+    def _plain(self, document: documents.Document) -> Handler:
+        async def handle(request: web.Request) -> web.Response:
+            if document.keyed:
+                await self._identify(request)
+            code, headers, body = document.make()
+            self._api.metrics.api_requests[code] += 1
+            return web.Response(body=body, status=code, headers=headers)
+
+        return handle
+
+    async def _caller(self, request: web.Request, route: Route) -> Caller:
+        caller = await self._identify(request)
+        if route.scope == "admin" and caller.scope != "admin":
+            raise problems.forbidden("this call needs a key of scope admin")
+        return caller
+
+    async def _identify(self, request: web.Request) -> Caller:
+        """Who calls. Raises Problem."""
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        if not key or scheme.lower() not in ("token", "bearer"):
+            key = request.headers.get("X-API-Key", "")
+        key = key.strip()
+        if not key:
+            raise problems.unauthorized()
+        if self._keys:
+            known = self._keys.get(hashlib.sha256(key.encode(errors="replace")).hexdigest())
+            if known is not None:
+                return known
+        try:
+            return await self._authenticator.caller(key)
+        except Refused as error:
+            if error.retry_after is not None:
+                raise problems.unavailable("the token database does not answer") from None
+            log.warning("api call refused reason=%s", error.reason)
+            if error.reason == "scope":
+                raise problems.forbidden("a device's token is no key of this API") from None
+            raise problems.unauthorized() from None
+
+    async def _body(self, request: web.Request, route: Route) -> Any:
+        """The body as the call declares it. Raises Problem."""
+        if route.body is None:
+            return None
+        length = request.content_length
+        if length is None and request.body_exists:
+            raise Problem(HTTPStatus.LENGTH_REQUIRED, "length", "Content-Length is needed")
+        if length is not None and length > self._settings.body_bytes:
+            raise problems.too_large(f"longer than {self._settings.body_bytes} bytes")
+        if request.content_type != "application/json" and length:
+            raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "media_type", "send application/json")
+        try:
+            async with asyncio.timeout(self._settings.body_timeout):
+                raw = await request.read()
+        except TimeoutError:
+            raise Problem(
+                HTTPStatus.REQUEST_TIMEOUT, "timeout", "the body did not arrive in time"
+            ) from None
+        try:
+            document = orjson.loads(raw or b"{}")
+        except orjson.JSONDecodeError:
+            raise problems.malformed("the body is no JSON") from None
+        return _convert(document, route.body, strict=True)
+
+    async def _sample(self) -> None:
+        while True:
+            self._api.rates.sample(monotonic())
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+
+class _Closed(asyncio.Protocol):
+    """A connection that there is no room for."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+@web.middleware
+async def _in_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer every failure in JSON, also those that aiohttp finds."""
+    try:
+        response: web.StreamResponse = await handler(request)
+    except Problem as error:
+        problem, headers = error, {}
+    except web.HTTPMethodNotAllowed as error:
+        headers = {"Allow": error.headers["Allow"]}
+        problem = Problem(HTTPStatus.METHOD_NOT_ALLOWED, "method", "not with this method")
+    except web.HTTPRequestEntityTooLarge:
+        problem, headers = problems.too_large("the body is too long"), {}
+    except web.HTTPException as error:
+        problem, headers = problems.not_found("no such path"), {}
+        if error.status != HTTPStatus.NOT_FOUND:
+            problem = Problem(HTTPStatus(error.status), "http", HTTPStatus(error.status).phrase)
+    except (asyncio.CancelledError, ConnectionResetError):
+        raise
+    except Exception:
+        log.exception("an api call failed: %s", request.match_info.handler)
+        problem = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "Internal server error")
+        headers = {}
+    else:
+        return response
+    if problem.retry_after is not None:
+        headers["Retry-After"] = str(problem.retry_after)
+    return web.Response(
+        body=orjson.dumps(problem.document()),
+        status=problem.status.value,
+        headers={**JSON_HEADERS, **headers},
+    )
+
+
+def _path(request: web.Request, route: Route) -> dict[str, str]:
+    values = dict(request.match_info)
+    for name in route.parameters:
+        if name != "connection_id" and not (
+            values[name].isascii() and values[name].isdecimal() and len(values[name]) < 19
+        ):
+            raise problems.not_found(f"no such {name.removesuffix('_id')}")
+    return values
+
+
+def _query(request: web.Request, route: Route) -> Any:
+    if route.query is NoQuery or (not request.query_string):
+        return route.query()
+    return _convert(dict(request.query), route.query, strict=False)
+
+
+def _convert(document: Any, kind: Any, *, strict: bool) -> Any:
+    """A document as a declared type. Raises Problem with the field that is to blame."""
+    try:
+        return msgspec.convert(document, kind, strict=strict)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$")
+        field = place.rstrip("`").lstrip(".")
+        if "missing required field" in reason:
+            raise problems.missing(reason.split("`")[1]) from None
+        raise problems.invalid(field or "body", reason) from None
+
+
+def _idempotency_key(request: web.Request) -> str | None:
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not 0 < len(key) <= MAX_KEY:
+        raise problems.invalid("Idempotency-Key", f"1 to {MAX_KEY} characters")
+    return key
+
+
+def _why(error: OSError | UnicodeError) -> str:
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return "the port is in use"
+    return getattr(error, "strerror", None) or "no such host"

@@ -1,0 +1,95 @@
+"""What an instance needs Redis for, built and run together.
+
+Only this module knows that mirror, presence and queue share connections. It is imported only where
+Redis is configured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from wsgateway import background
+from wsgateway.cluster import Cluster
+from wsgateway.config import Config
+from wsgateway.ingest import Ingest
+from wsgateway.link import Pipeline, Redis
+from wsgateway.metrics import Metrics
+from wsgateway.mirror import Mirror
+from wsgateway.presence import Presence
+from wsgateway.roster import Roster
+from wsgateway.sends import Sends
+
+
+class Parts(Protocol):
+    """What of an instance hears from Redis."""
+
+    @property
+    def cluster(self) -> Cluster: ...
+    @property
+    def roster(self) -> Roster: ...
+    @property
+    def sends(self) -> Sends: ...
+
+
+class Federation:
+    """An instance's connections to Redis and what runs over them."""
+
+    def __init__(self, config: Config, epoch: str, metrics: Metrics) -> None:
+        """Connect to nothing yet. Raises ConfigError for a URL that cannot be read."""
+        self._config = config
+        self._name = name = config.server.instance
+        self._epoch = epoch
+        self._metrics = metrics
+        self._redis = Redis(config.redis, name, metrics)
+        self._pipeline = Pipeline(self._redis, "publisher", config.redis.publish_bytes)
+        self.mirror = Mirror(
+            self._redis,
+            self._pipeline,
+            name,
+            epoch,
+            config.redis.prefix,
+            config.limits.message_bytes,
+            metrics,
+        )
+
+    @contextlib.asynccontextmanager
+    async def running(self, parts: Parts) -> AsyncIterator[Ingest | None]:
+        """Run everything, and wait a moment for the mirror to work; the queue, if it is enabled.
+
+        Redis may be away, now and later: nothing here ends because of it.
+        """
+        cluster, sends, roster = parts.cluster, parts.sends, parts.roster
+        prefix = self._config.redis.prefix
+        presence = Presence(self._pipeline, roster, prefix, self._name, self._epoch, self._metrics)
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(
+                background.running(
+                    self._pipeline.run(),
+                    self.mirror.run(sends.deliver, cluster.heard_word, cluster.heard_beat),
+                )
+            )
+            await stack.enter_async_context(presence.running())
+            await stack.enter_async_context(cluster.running())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._config.redis.timeout):
+                    await self.mirror.first_up.wait()
+            ingest = None
+            if self._config.queue.enabled:
+                popper = Pipeline(self._redis, "queue", self._config.redis.publish_bytes)
+                ingest = Ingest(
+                    self._config.queue,
+                    self._pipeline,
+                    popper,
+                    sends,
+                    prefix,
+                    self._name,
+                    self._epoch,
+                    self._config.limits.message_bytes,
+                    self._metrics,
+                )
+                stack.push_async_callback(ingest.release)
+                await stack.enter_async_context(background.running(popper.run(), ingest.run()))
+            yield ingest

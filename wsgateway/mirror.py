@@ -1,0 +1,369 @@
+"""Group traffic through Redis pub/sub: what is sent here reaches the members of other instances.
+
+Only this module knows channels. It knows neither sockets nor SQL. One task owns the subscriber's
+connection; everything is published through one pipeline, so that order holds. A message is
+published at most once and never repeated; what is lost on the way is counted by the receiver from
+the numbers in the headers.
+
+The mirror proves itself: each second it publishes a probe through the same connections and must
+hear it. A subscription is made for each group that somebody wants, in batches, and confirmed by
+Redis before anybody is told so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
+from typing import Final
+
+from wsgateway import envelope
+from wsgateway.envelope import BEAT_CHANNELS, BadEnvelope, Beat, Envelope, Fate, Published
+from wsgateway.gateway import ALL
+from wsgateway.ledger import Received, Sent
+from wsgateway.link import (
+    Command,
+    Condition,
+    Connection,
+    Deaf,
+    Outcome,
+    Pipeline,
+    Redis,
+    State,
+    stay,
+)
+from wsgateway.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+PROBE_INTERVAL: Final = 1.0
+"""Seconds between two probes."""
+
+DEAF_SECONDS: Final = 5.0
+"""Seconds without hearing anything, while publishing works, after which the subscriber reconnects."""
+
+BEAT_INTERVAL: Final = 2.0
+"""Seconds between two beats, so that a loss at the tail is noticed too."""
+
+LINGER_SECONDS: Final = 5.0
+"""How long a group that nobody wants stays subscribed: a device that reconnects finds it."""
+
+BATCH: Final = 500
+"""Channels in one SUBSCRIBE, about 20 KB."""
+
+GROUPS_TTL: Final = 15
+"""Seconds after its last beat that an instance is still believed to listen."""
+
+SLICE_SECONDS: Final = 0.01
+"""How long messages are handled before others get their turn."""
+
+
+class Mirror:
+    """One instance's ear and mouth on Redis."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        pipeline: Pipeline,
+        name: str,
+        epoch: str,
+        prefix: str,
+        max_message: int,
+        metrics: Metrics,
+    ) -> None:
+        self._redis = redis
+        self._pipeline = pipeline
+        self._name = name
+        self._epoch = epoch
+        self._prefix = prefix
+        self._max_message = max_message
+        self._metrics = metrics
+        self._sent = Sent(epoch)
+        self._received = Received()
+        self._condition = Condition("subscriber", metrics)
+        self._wanted: set[str] = set()
+        self._lingering: dict[str, float] = {}  # with since when, oldest first
+        self._unasked: dict[str, None] = {}  # wanted, and not yet asked for on this connection
+        self._subscribed: set[str] = set()
+        self._changed = asyncio.Event()
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._heard_at = 0.0
+        self.first_up = asyncio.Event()
+        """Set once the mirror works for the first time."""
+        self._beat_is_due = asyncio.Event()
+        self._fixed = (self.channel(ALL), self.node(name))
+        self._deliver: Callable[[str, Envelope | bytes], None]
+        self._on_node: Callable[[bytes], None]
+        self._on_beat: Callable[[str], None]
+
+    @property
+    def is_up(self) -> bool:
+        """Whether a probe that was published after subscribing came back, and lately."""
+        return self._condition.is_up and self._pipeline.condition.is_up
+
+    def channel(self, group: str) -> str:
+        """The channel of a group."""
+        return f"{self._prefix}all" if group == ALL else f"{self._prefix}group:{group}"
+
+    def node(self, name: str) -> str:
+        """The channel of an instance."""
+        return f"{self._prefix}node:{name}"
+
+    def publish(
+        self, group: str, payload: bytes, message_id: str, others: Sequence[str] = ()
+    ) -> asyncio.Future[Published]:
+        """Send a message to the other instances. Never waits.
+
+        The answer says which of ``others`` listen to the group, as Redis knew just before.
+        """
+        channel = self.channel(group)
+        asked = () if group == ALL else others
+
+        def build() -> list[Command]:
+            epoch, seq = self._sent.next(channel)
+            data = envelope.seal(self._name, epoch, seq, message_id, payload)
+            questions = (("SISMEMBER", self._groups_of(name), group) for name in asked)
+            return [*questions, ("PUBLISH", channel, data)]
+
+        published: asyncio.Future[Published] = asyncio.get_running_loop().create_future()
+
+        def settle(done: asyncio.Future[Outcome]) -> None:
+            fate, replies = done.result()
+            if replies and isinstance(replies[-1], Exception):
+                fate = Fate.NOT_SENT
+            self._metrics.mirror_published[fate.value] += 1
+            listening = [name for name, is_in in zip(asked, replies, strict=False) if is_in == 1]
+            if not published.done():
+                published.set_result(
+                    Published(fate, frozenset(others if group == ALL else listening))
+                )
+
+        self._pipeline.submit(build, len(payload)).add_done_callback(settle)
+        return published
+
+    def tell(self, name: str, data: bytes) -> asyncio.Future[Outcome]:
+        """Send a word to one instance."""
+        return self._pipeline.submit(lambda: [("PUBLISH", self.node(name), data)], len(data))
+
+    def want(self, groups: Iterable[str]) -> list[asyncio.Future[None]]:
+        """Subscribe to groups soon; what to wait for until Redis has confirmed each.
+
+        The futures are shared: wait for them with `asyncio.wait`, which does not cancel them.
+        """
+        waits = []
+        for channel in map(self.channel, groups):
+            self._lingering.pop(channel, None)
+            if channel not in self._wanted:
+                self._wanted.add(channel)
+                self._unasked[channel] = None
+                self._changed.set()
+            if channel not in self._subscribed:
+                if channel not in self._waiting:
+                    self._waiting[channel] = asyncio.get_running_loop().create_future()
+                waits.append(self._waiting[channel])
+        return waits
+
+    def unwant(self, groups: Iterable[str]) -> None:
+        """Nobody wants groups any more: unsubscribe after a while."""
+        for channel in map(self.channel, groups):
+            self._lingering[channel] = monotonic()
+
+    async def run(
+        self,
+        deliver: Callable[[str, Envelope | bytes], None],
+        on_node: Callable[[bytes], None],
+        on_beat: Callable[[str], None],
+    ) -> None:
+        """Listen for ever.
+
+        ``deliver`` is called with a group and what came for it: another instance's message, or the
+        JSON of any other program's; ``on_node`` with each word to this instance; ``on_beat`` with
+        the name of an instance that is alive.
+        """
+        self._deliver, self._on_node, self._on_beat = deliver, on_node, on_beat
+        self._wanted.update(self._fixed)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(stay(self._condition, self._session))
+            group.create_task(self._beat())
+
+    async def _session(self) -> None:
+        # Ourselves last: when the probe comes back, all others are subscribed as well.
+        self._unasked = dict.fromkeys([*(self._wanted - set(self._fixed)), *self._fixed])
+        async with self._redis.connected("subscriber") as connection:
+            self._heard_at = monotonic()
+            self._changed.set()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._read(connection))
+                    group.create_task(self._subscribe(connection))
+                    group.create_task(self._probe())
+            finally:
+                self._metrics.mirror_interruptions += self._condition.is_up
+                self._subscribed.clear()
+
+    async def _read(self, connection: Connection) -> None:
+        slice_ends = 0.0
+        while True:
+            # Without a time-out: with one, redis-py takes a dead socket for an idle one.
+            kind, channel, data = await connection.read_response()
+            self._heard_at = now = monotonic()
+            if kind == b"message":
+                self._receive(channel.decode(), data)
+            elif kind == b"subscribe":
+                self._confirm(channel.decode())
+            if now > slice_ends:
+                await asyncio.sleep(0)
+                slice_ends = monotonic() + SLICE_SECONDS
+
+    def _receive(self, channel: str, data: bytes) -> None:
+        if channel == self._fixed[1]:
+            self._read_node(data)
+            return
+        try:
+            found = envelope.read(data, self._max_message)
+        except BadEnvelope as error:
+            self._metrics.mirror_rejected[str(error)] += 1
+            return
+        if isinstance(found, Beat):
+            self._catch_up(found)
+            return
+        if isinstance(found, Envelope):
+            if found.origin == self._name and found.epoch.startswith(self._epoch):
+                return  # our own echo
+            missing = self._received.message(channel, found.origin, found.epoch, found.seq)
+            if missing is None:
+                self._metrics.mirror_duplicates += 1
+                return
+            self._lose(missing)
+        self._metrics.mirror_received += 1
+        self._deliver(self._group(channel), found)
+
+    def _read_node(self, data: bytes) -> None:
+        if data.startswith(b"probe "):
+            epoch, _, sent_at = data[6:].partition(b" ")
+            if epoch.decode(errors="replace") == self._epoch:
+                self._metrics.mirror_lag = monotonic() - float(sent_at)
+                if not self._condition.is_up:
+                    self._beat_is_due.set()  # the others are to know it at once
+                self._condition.set(State.UP)
+                self.first_up.set()
+        else:
+            self._on_node(data)
+
+    def _catch_up(self, beat: Beat) -> None:
+        self._on_beat(beat.origin)
+        if beat.origin == self._name:
+            return
+        for channel, (epoch, last) in beat.used.items():
+            if channel in self._subscribed:
+                self._lose(self._received.beat(channel, beat.origin, epoch, last))
+
+    def _lose(self, missing: int) -> None:
+        if missing:
+            self._metrics.mirror_gaps += 1
+            self._metrics.mirror_lost += missing
+            log.warning("mirror lost messages: %s did not arrive", missing)
+
+    def _confirm(self, channel: str) -> None:
+        self._subscribed.add(channel)
+        waiting = self._waiting.pop(channel, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+    async def _subscribe(self, connection: Connection) -> None:
+        """Make true what is wanted, a batch at a time.
+
+        An instance says that it listens before it does: who sends then waits for an answer in vain
+        rather than not at all.
+        """
+        while True:
+            while self._unasked:
+                batch = [channel for channel, _ in zip(self._unasked, range(BATCH), strict=False)]
+                for channel in batch:
+                    del self._unasked[channel]
+                await self._note("SADD", batch)
+                await self._command(connection, "SUBSCRIBE", batch)
+            before = monotonic() - LINGER_SECONDS
+            over = [channel for channel, since in self._lingering.items() if since < before]
+            for start in range(0, len(over), BATCH):
+                batch = over[start : start + BATCH]
+                self._drop(batch)
+                await self._command(connection, "UNSUBSCRIBE", batch)
+                await self._note("SREM", batch)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_SECONDS):
+                    await self._changed.wait()
+            self._changed.clear()
+
+    def _drop(self, channels: Iterable[str]) -> None:
+        for channel in channels:
+            del self._lingering[channel]
+            self._wanted.discard(channel)
+            self._subscribed.discard(channel)
+            self._received.forget(channel)
+            waiting = self._waiting.pop(channel, None)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(None)
+
+    async def _note(self, verb: str, channels: Iterable[str]) -> None:
+        groups = [self._group(channel) for channel in channels if channel not in self._fixed]
+        if groups:
+            key = self._groups_of(self._name)
+            await self._pipeline.submit(lambda: [(verb, key, *groups)])
+
+    async def _command(self, connection: Connection, verb: str, channels: Sequence[str]) -> None:
+        async with asyncio.timeout(self._redis.timeout):
+            await connection.send_command(verb, *channels, check_health=False)
+
+    async def _probe(self) -> None:
+        """Publish to ourselves, and end the session if nothing of it arrives."""
+        asked_at = monotonic()
+        while True:
+            probe = f"probe {self._epoch} {monotonic()}".encode()
+            outcome = await self.tell(self._name, probe)
+            await asyncio.sleep(PROBE_INTERVAL)
+            now = monotonic()
+            if outcome.fate is not Fate.TAKEN:
+                asked_at = now  # whoever cannot speak must not blame his ear
+            elif now - max(self._heard_at, asked_at) > DEAF_SECONDS:
+                raise Deaf
+
+    async def _beat(self) -> None:
+        """Say that this instance is alive, which channels it used, and what it listens to."""
+        key = self._groups_of(self._name)
+        await self._pipeline.submit(lambda: [("DEL", key)])
+        while True:
+            outcome = await self._pipeline.submit(self._build_beat)
+            if outcome.fate is Fate.TAKEN and outcome.replies[-1] == 0:
+                await self._note_all()  # a new instance, or a Redis that lost its data
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_INTERVAL):
+                    await self._beat_is_due.wait()
+            self._beat_is_due.clear()
+
+    def _build_beat(self) -> list[Command]:
+        used = list(self._sent.take_used().items())
+        parts = [
+            dict(used[start : start + BEAT_CHANNELS])
+            for start in range(0, max(1, len(used)), BEAT_CHANNELS)
+        ]
+        beats = [envelope.seal_beat(self._name, part) for part in parts]
+        return [
+            *(("PUBLISH", self.channel(ALL), beat) for beat in beats),
+            ("EXPIRE", self._groups_of(self._name), GROUPS_TTL),
+        ]
+
+    async def _note_all(self) -> None:
+        channels = list(self._wanted)
+        for start in range(0, len(channels), BATCH):
+            await self._note("SADD", channels[start : start + BATCH])
+
+    def _groups_of(self, name: str) -> str:
+        return f"{self._prefix}groups:{name}"
+
+    def _group(self, channel: str) -> str:
+        if channel == self._fixed[0]:
+            return ALL
+        return channel.removeprefix(f"{self._prefix}group:")
