@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import orjson
 import pytest
+import redis
 import uvloop
 from websockets.asyncio.client import ClientConnection, connect
 
@@ -105,6 +107,13 @@ class Instance:
             assert status["type"] == "connection_status"
             yield device
 
+    @property
+    def api_url(self) -> str:
+        """Where the HTTP API is."""
+        assert self.running.api_address is not None
+        host, port = self.running.api_address[:2]
+        return f"http://{host}:{port}"
+
     async def shut_down(self) -> None:
         self.stop.set()
         await self.task
@@ -164,6 +173,62 @@ async def eventually(condition: Callable[[], object], seconds: float = 10) -> No
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0)
+
+
+class RedisServer:
+    """A redis-server process on a free port, with its files in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port: int = free.getsockname()[1]
+        self.options: list[str] = []
+        """More words of its command line, from the next start on."""
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Start it; returns once it answers."""
+        self._process = subprocess.Popen(
+            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
+             "--dir", str(self.folder), "--logfile", "redis.log", *self.options],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        while self._process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return
+        raise AssertionError("redis-server does not start")
+
+    def call(self, *words: str | bytes | int, timeout: float = 10) -> Any:
+        """What a command answers, as redis-py reads it."""
+        with redis.Redis(port=self.port, socket_timeout=timeout) as client:
+            return client.execute_command(*words)
+
+    def send_signal(self, number: int) -> None:
+        """SIGSTOP freezes it, SIGCONT goes on, SIGKILL kills it."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """End it, frozen or not; returns once it is gone."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.send_signal(number)
+            self._process.wait(10)
+            self._process = None
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A real redis-server, empty and running."""
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    yield server
+    server.stop(signal.SIGKILL)
 
 
 @dataclass

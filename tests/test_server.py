@@ -359,7 +359,7 @@ def test_a_signal_sends_every_device_away_and_ends_it_in_time_whatever_peers_do(
     said = gateway.log.read_text()
     assert "Traceback" not in said
     assert " draining connections=10 seconds=1\n" in said
-    assert " info stopped\n" in said
+    assert " stopped\n" in said
     assert said.count(" device in ") == said.count(" device out ") == 8
 
 
