@@ -76,6 +76,10 @@ class Control:
         """``{instance: {"connections", "users", "devices"}}`` of those that answered."""
         return (await self._cluster.ask("counts", {}, SECONDS)).by_instance
 
+    def counts_here(self) -> dict[str, int]:
+        """``{"connections", "users", "devices"}`` of this instance."""
+        return self._roster.counts()
+
     async def _connections(self, about: Mapping[str, Any]) -> Answer:
         instance, after = about["after"]
         name = self._cluster.name

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import orjson
 
+from wsgateway.api import exposition, openapi
 from wsgateway.api.context import Api
 
+METRICS = {"Content-Type": exposition.CONTENT_TYPE, "Cache-Control": "no-store"}
 JSON = {"Content-Type": "application/json", "Cache-Control": "no-store"}
 
 Made = tuple[int, dict[str, str], bytes]
@@ -25,11 +27,13 @@ class Document:
     keyed: bool = False
 
 
-def documents(api: Api) -> dict[str, Document]:
+def documents(api: Api, *, metrics_keyed: bool) -> dict[str, Document]:
     """What is to be fetched, by path."""
     return {
         "/healthz": Document(lambda: (200, JSON, b'{"status":"ok"}')),
         "/readyz": Document(lambda: _ready(api)),
+        "/api/openapi.json": Document(lambda: (200, JSON, orjson.dumps(openapi.document()))),
+        "/metrics": Document(lambda: (200, METRICS, exposition.text(api)), metrics_keyed),
     }
 
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import hashlib
+import ipaddress
 import logging
 from collections.abc import AsyncIterator
 from http import HTTPStatus
@@ -45,6 +46,9 @@ MAX_KEY: Final = 128
 
 JSON_HEADERS: Final = {"Content-Type": "application/json", "Cache-Control": "no-store"}
 
+INSTANCE_HEADER: Final = "Wsgateway-Instance"
+"""Says in every answer which instance gave it."""
+
 Handler = Any
 
 
@@ -57,6 +61,7 @@ class Listener:
         self._authenticator = authenticator
         self._keys = {key.sha256: Caller(key.name, key.scope) for key in settings.keys}
         self._under_way = 0
+        self._headers = {**JSON_HEADERS, INSTANCE_HEADER: api.cluster.name}
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[tuple[str, int]]:
@@ -70,9 +75,11 @@ class Listener:
         app = web.Application(client_max_size=settings.body_bytes)
         for route in ROUTES:
             app.router.add_route(route.method, route.path, self._handler(route))
-        for path, document in documents.documents(self._api).items():
+        for path, document in documents.documents(
+            self._api, metrics_keyed=not _is_loopback(settings.host)
+        ).items():
             app.router.add_get(path, self._plain(document))
-        app.middlewares.append(_in_json)
+        app.middlewares.append(self._answer)
         runner = web.AppRunner(
             app, handle_signals=False, access_log=None, shutdown_timeout=STOP_SECONDS
         )
@@ -131,13 +138,12 @@ class Listener:
             finally:
                 self._under_way -= 1
                 self._api.timings.note(route.function.__name__, perf_counter() - started)
-            self._api.metrics.api_requests[200] += 1
             document = (
                 answer.body
                 if isinstance(answer, Answer)
                 else {"status": "success", "message": "ok", "data": answer}
             )
-            return web.Response(body=orjson.dumps(document), headers=JSON_HEADERS)
+            return web.Response(body=orjson.dumps(document), headers=self._headers)
 
         return handle
 
@@ -146,8 +152,7 @@ class Listener:
             if document.keyed:
                 await self._identify(request)
             code, headers, body = document.make()
-            self._api.metrics.api_requests[code] += 1
-            return web.Response(body=body, status=code, headers=headers)
+            return web.Response(body=body, status=code, headers={**self._headers, **headers})
 
         return handle
 
@@ -203,6 +208,25 @@ class Listener:
             raise problems.malformed("the body is no JSON") from None
         return _convert(document, route.body, strict=True)
 
+    @web.middleware
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Count every answer, and give every failure in JSON, also those that aiohttp finds."""
+        try:
+            response: web.StreamResponse = await handler(request)
+        except (asyncio.CancelledError, ConnectionResetError):
+            raise
+        except Exception as error:  # noqa: BLE001 - nobody above could answer it
+            problem, headers = _problem(error)
+            if problem.retry_after is not None:
+                headers["Retry-After"] = str(problem.retry_after)
+            response = web.Response(
+                body=orjson.dumps(problem.document()),
+                status=problem.status.value,
+                headers={**self._headers, **headers},
+            )
+        self._api.metrics.api_requests[response.status] += 1
+        return response
+
     async def _sample(self) -> None:
         while True:
             self._api.rates.sample(monotonic())
@@ -216,37 +240,22 @@ class _Closed(asyncio.Protocol):
         transport.close()
 
 
-@web.middleware
-async def _in_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer every failure in JSON, also those that aiohttp finds."""
-    try:
-        response: web.StreamResponse = await handler(request)
-    except Problem as error:
-        problem, headers = error, {}
-    except web.HTTPMethodNotAllowed as error:
-        headers = {"Allow": error.headers["Allow"]}
+def _problem(error: Exception) -> tuple[Problem, dict[str, str]]:
+    """What a caller is told of a failure: its words, and headers; never an exception's text."""
+    if isinstance(error, Problem):
+        return error, {}
+    if isinstance(error, web.HTTPMethodNotAllowed):
         problem = Problem(HTTPStatus.METHOD_NOT_ALLOWED, "method", "not with this method")
-    except web.HTTPRequestEntityTooLarge:
-        problem, headers = problems.too_large("the body is too long"), {}
-    except web.HTTPException as error:
-        problem, headers = problems.not_found("no such path"), {}
-        if error.status != HTTPStatus.NOT_FOUND:
-            problem = Problem(HTTPStatus(error.status), "http", HTTPStatus(error.status).phrase)
-    except (asyncio.CancelledError, ConnectionResetError):
-        raise
-    except Exception:
-        log.exception("an api call failed: %s", request.match_info.handler)
-        problem = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "Internal server error")
-        headers = {}
-    else:
-        return response
-    if problem.retry_after is not None:
-        headers["Retry-After"] = str(problem.retry_after)
-    return web.Response(
-        body=orjson.dumps(problem.document()),
-        status=problem.status.value,
-        headers={**JSON_HEADERS, **headers},
-    )
+        return problem, {"Allow": error.headers["Allow"]}
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return problems.too_large("the body is too long"), {}
+    if isinstance(error, web.HTTPNotFound):
+        return problems.not_found("no such path"), {}
+    if isinstance(error, web.HTTPException):
+        status = HTTPStatus(error.status)
+        return Problem(status, "http", status.phrase), {}
+    log.error("an api call failed", exc_info=error)
+    return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "Internal server error"), {}
 
 
 def _path(request: web.Request, route: Route) -> dict[str, str]:
@@ -282,6 +291,12 @@ def _idempotency_key(request: web.Request) -> str | None:
     if key is not None and not 0 < len(key) <= MAX_KEY:
         raise problems.invalid("Idempotency-Key", f"1 to {MAX_KEY} characters")
     return key
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _why(error: OSError | UnicodeError) -> str:

@@ -14,7 +14,7 @@ import orjson
 from msgspec import UNSET, Meta, UnsetType
 
 from wsgateway import envelope, wire
-from wsgateway.api import problems
+from wsgateway.api import answers, problems
 from wsgateway.api.context import Api
 from wsgateway.api.problems import Problem
 from wsgateway.api.routes import Answer, Call, route
@@ -43,9 +43,10 @@ Number = Annotated[int, Meta(ge=0, le=2**63 - 1)] | Annotated[str, Meta(pattern=
 class SendQuery(msgspec.Struct, frozen=True):
     """How a send waits."""
 
-    timeout: Annotated[
-        float | None, Meta(ge=0, le=30, description="Seconds to wait for other instances.")
-    ] = None
+    timeout: (
+        Annotated[float, Meta(ge=0, le=30, description="Seconds to wait for other instances.")]
+        | None
+    ) = None
     wait: Annotated[
         Literal["all", "none"], Meta(description="'none': answer without a receipt of others.")
     ] = "all"
@@ -87,7 +88,7 @@ Batch = Annotated[list[BatchItem], Meta(min_length=1, max_length=MAX_BATCH)]
 FAILURES = (404, 409, 503, 504)
 
 
-@route("POST", "/api/messages", query=SendQuery, body=Message, errors=FAILURES)
+@route("POST", "/api/messages", answer=answers.Sent, query=SendQuery, body=Message, errors=FAILURES)
 async def send_message(api: Api, call: Call[SendQuery, Message]) -> Answer:
     """Send a message to a user."""
     body = call.body
@@ -97,7 +98,14 @@ async def send_message(api: Api, call: Call[SendQuery, Message]) -> Answer:
     return await _send(api, call, user_group(user_id), message, body.id)
 
 
-@route("POST", "/api/users/{user_id}/messages", query=SendQuery, body=Notice, errors=FAILURES)
+@route(
+    "POST",
+    "/api/users/{user_id}/messages",
+    answer=answers.Sent,
+    query=SendQuery,
+    body=Notice,
+    errors=FAILURES,
+)
 async def send_to_user(api: Api, call: Call[SendQuery, Notice]) -> Answer:
     """Send a message to a user, with the caller's name as its sender."""
     body = call.body
@@ -111,7 +119,14 @@ async def send_to_user(api: Api, call: Call[SendQuery, Notice]) -> Answer:
     return await _send(api, call, user_group(call.number("user_id")), message, body.id)
 
 
-@route("POST", "/api/devices/{device_id}/messages", query=SendQuery, body=Notice, errors=FAILURES)
+@route(
+    "POST",
+    "/api/devices/{device_id}/messages",
+    answer=answers.Sent,
+    query=SendQuery,
+    body=Notice,
+    errors=FAILURES,
+)
 async def send_to_device(api: Api, call: Call[SendQuery, Notice]) -> Answer:
     """Send a message to a device."""
     body = call.body
@@ -120,7 +135,7 @@ async def send_to_device(api: Api, call: Call[SendQuery, Notice]) -> Answer:
     return await _send(api, call, device_group(call.number("device_id")), message, body.id)
 
 
-@route("POST", "/api/broadcast", query=SendQuery, body=Notice, errors=FAILURES)
+@route("POST", "/api/broadcast", answer=answers.Sent, query=SendQuery, body=Notice, errors=FAILURES)
 async def broadcast(api: Api, call: Call[SendQuery, Notice]) -> Answer:
     """Send a message to every connection of every instance."""
     body = call.body
@@ -128,7 +143,14 @@ async def broadcast(api: Api, call: Call[SendQuery, Notice]) -> Answer:
     return await _send(api, call, ALL, message, body.id)
 
 
-@route("POST", "/api/messages/batch", query=SendQuery, body=Batch, errors=(503,))
+@route(
+    "POST",
+    "/api/messages/batch",
+    answer=answers.Results,
+    query=SendQuery,
+    body=Batch,
+    errors=(503,),
+)
 async def send_batch(api: Api, call: Call[SendQuery, list[BatchItem]]) -> Any:
     """Send up to 1,000 messages; one result each, in order."""
     # All are posted in this turn, in order: none of them waits before it is on its way.

@@ -14,13 +14,13 @@ import msgspec
 import orjson
 from msgspec import Meta
 
-from wsgateway.api import problems
+from wsgateway.api import answers, problems
 from wsgateway.api.context import Api
 from wsgateway.api.routes import Call, NoQuery, route
 
 Limit = Annotated[int, Meta(ge=1, le=1000, description="Entries of a page.")]
-Cursor = Annotated[str | None, Meta(max_length=200, description="`next` of the page before.")]
-Identifier = Annotated[int | None, Meta(ge=0, le=2**63 - 1)]
+Cursor = Annotated[str, Meta(max_length=200, description="`next` of the page before.")] | None
+Identifier = Annotated[int, Meta(ge=0, le=2**63 - 1)] | None
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -45,7 +45,7 @@ class Reason(msgspec.Struct, frozen=True):
     reason: Annotated[str, Meta(max_length=100)] = "disconnected"
 
 
-@route("GET", "/api/users/online", query=Page)
+@route("GET", "/api/users/online", answer=answers.OnlineUsers, query=Page)
 async def users_online(api: Api, call: Call[Page, None]) -> dict[str, Any]:
     """The connected users over all instances, by id."""
     [after] = read_cursor(call.query.cursor, "users", [-1])
@@ -55,19 +55,19 @@ async def users_online(api: Api, call: Call[Page, None]) -> dict[str, Any]:
     return {"users": users, "next": following, "complete": complete}
 
 
-@route("GET", "/api/users/{user_id}", errors=(404,))
+@route("GET", "/api/users/{user_id}", answer=answers.Person, errors=(404,))
 async def user(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:
     """A user's connections over all instances."""
     return await _describe(api, "user", call.number("user_id"))
 
 
-@route("GET", "/api/devices/{device_id}", errors=(404,))
+@route("GET", "/api/devices/{device_id}", answer=answers.Person, errors=(404,))
 async def device(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:
     """A device's connections over all instances."""
     return await _describe(api, "device", call.number("device_id"))
 
 
-@route("GET", "/api/connections", query=ConnectionsPage)
+@route("GET", "/api/connections", answer=answers.Connections, query=ConnectionsPage)
 async def connections(api: Api, call: Call[ConnectionsPage, None]) -> dict[str, Any]:
     """The connections of all instances, of a user or of a device."""
     query = call.query
@@ -80,7 +80,9 @@ async def connections(api: Api, call: Call[ConnectionsPage, None]) -> dict[str, 
     return {"connections": found, "next": following, "complete": complete}
 
 
-@route("DELETE", "/api/connections/{connection_id}", scope="admin", errors=(404,))
+@route(
+    "DELETE", "/api/connections/{connection_id}", answer=answers.Cut, scope="admin", errors=(404,)
+)
 async def disconnect_connection(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:
     """Cut one connection (4003)."""
     about = {"connection_id": call.path["connection_id"]}
@@ -90,26 +92,28 @@ async def disconnect_connection(api: Api, call: Call[NoQuery, None]) -> dict[str
     return answer
 
 
-@route("POST", "/api/users/{user_id}/disconnect", scope="admin", body=Reason)
+@route("POST", "/api/users/{user_id}/disconnect", answer=answers.Cut, scope="admin", body=Reason)
 async def disconnect_user(api: Api, call: Call[NoQuery, Reason]) -> dict[str, Any]:
     """Cut all connections of a user (4003)."""
     return await api.control.disconnect({"user_id": call.number("user_id")}, call.body.reason)
 
 
-@route("POST", "/api/devices/{device_id}/disconnect", scope="admin", body=Reason)
+@route(
+    "POST", "/api/devices/{device_id}/disconnect", answer=answers.Cut, scope="admin", body=Reason
+)
 async def disconnect_device(api: Api, call: Call[NoQuery, Reason]) -> dict[str, Any]:
     """Cut all connections of a device (4003)."""
     about = {"device_id": call.number("device_id")}
     return await api.control.disconnect(about, call.body.reason)
 
 
-@route("POST", "/api/users/{user_id}/disable", scope="admin", errors=(404, 503))
+@route("POST", "/api/users/{user_id}/disable", answer=answers.Cut, scope="admin", errors=(404, 503))
 async def disable_user(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:
     """Disable a user on every instance and cut his connections (4001)."""
     return await _set_active(api, call.number("user_id"), False)
 
 
-@route("POST", "/api/users/{user_id}/enable", scope="admin", errors=(404, 503))
+@route("POST", "/api/users/{user_id}/enable", answer=answers.Cut, scope="admin", errors=(404, 503))
 async def enable_user(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:
     """Enable a user on every instance."""
     return await _set_active(api, call.number("user_id"), True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from wsgateway.api import problems
+from wsgateway.api import answers, problems
 from wsgateway.api.context import Api, Queue
 from wsgateway.api.messages import Number
 from wsgateway.api.routes import Call, NoQuery, route
@@ -19,20 +19,20 @@ class Item(msgspec.Struct, frozen=True):
     message: dict[str, Any]
 
 
-@route("GET", "/api/queue", errors=(503,))
+@route("GET", "/api/queue", answer=answers.QueueSize, errors=(503,))
 async def queue_size(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:  # noqa: ARG001
     """How many messages wait in the queue, and how many were rejected."""
     return await _queue(api).size()
 
 
-@route("POST", "/api/queue", body=Item, errors=(503,))
+@route("POST", "/api/queue", answer=answers.Enqueued, body=Item, errors=(503,))
 async def enqueue(api: Api, call: Call[NoQuery, Item]) -> dict[str, Any]:
     """Put a message into the queue; it is sent in order, also if its instance is killed."""
     user_id = int(call.body.user_id)
     return {"waiting": await _queue(api).enqueue(user_id, call.body.message)}
 
 
-@route("DELETE", "/api/queue", scope="admin", errors=(503,))
+@route("DELETE", "/api/queue", answer=answers.Cleared, scope="admin", errors=(503,))
 async def clear_queue(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:  # noqa: ARG001
     """Throw away the messages that wait."""
     return {"cleared": await _queue(api).clear()}

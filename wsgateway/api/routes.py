@@ -8,7 +8,7 @@ answer or a whole `Answer`.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -49,18 +49,37 @@ Function = Callable[[Any, Call[Any, Any]], Awaitable[Any]]
 
 @dataclass(frozen=True)
 class Route:
-    """A call's declaration. ``errors`` are statuses besides those that every call can have."""
+    """A call's declaration."""
 
     method: Literal["GET", "POST", "DELETE"]
     path: str
     function: Function
-    scope: Literal["api", "admin", "none"]
-    summary: str
-    query: Any = NoQuery
-    body: Any = None
-    errors: tuple[int, ...] = ()
-    tag: str = ""
-    parameters: tuple[str, ...] = field(default=())
+    scope: Literal["api", "admin"]
+    answer: Any
+    query: Any
+    body: Any
+    errors: tuple[int, ...]
+
+    @property
+    def summary(self) -> str:
+        """One sentence."""
+        return (self.function.__doc__ or "").splitlines()[0]
+
+    @property
+    def tag(self) -> str:
+        """What it is about."""
+        return self.path.split("/")[2]
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names in its path."""
+        return tuple(part[1:-1] for part in self.path.split("/") if part.startswith("{"))
+
+    @property
+    def body_is_optional(self) -> bool:
+        """Whether every field of the body has a default."""
+        is_struct = isinstance(self.body, type) and issubclass(self.body, msgspec.Struct)
+        return is_struct and not any(one.required for one in msgspec.structs.fields(self.body))
 
 
 ROUTES: list[Route] = []
@@ -71,29 +90,20 @@ def route(
     method: Literal["GET", "POST", "DELETE"],
     path: str,
     *,
+    answer: Any,
     scope: Literal["api", "admin"] = "api",
     query: Any = NoQuery,
     body: Any = None,
     errors: tuple[int, ...] = (),
 ) -> Callable[[Function], Function]:
-    """Declare the function that answers a call; its docstring's first line is the summary."""
+    """Declare the function that answers a call; its docstring's first line is the summary.
+
+    ``answer``, ``query`` and ``body`` are types; ``errors`` are statuses besides those that every
+    call can have.
+    """
 
     def declare(function: Function) -> Function:
-        names = tuple(part[1:-1] for part in path.split("/") if part.startswith("{"))
-        ROUTES.append(
-            Route(
-                method,
-                path,
-                function,
-                scope,
-                (function.__doc__ or "").splitlines()[0],
-                query,
-                body,
-                errors,
-                path.split("/")[2],
-                names,
-            )
-        )
+        ROUTES.append(Route(method, path, function, scope, answer, query, body, errors))
         return function
 
     return declare

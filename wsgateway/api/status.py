@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from wsgateway import __version__
+from wsgateway.api import answers
 from wsgateway.api.context import Api
 from wsgateway.api.routes import Call, NoQuery, route
 
 
-@route("GET", "/api/stats")
+@route("GET", "/api/stats", answer=answers.Stats)
 async def stats(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:  # noqa: ARG001
     """Connections, users, devices, rates, timings, the state of Redis, and the instances."""
     counts = await api.control.counts()

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from wsgateway.accounts import iso_time
+from wsgateway.api import answers
 from wsgateway.api.context import Api
 from wsgateway.api.people import Cursor, Identifier, Limit, make_cursor, read_cursor
 from wsgateway.api.routes import Call, NoQuery, route
@@ -29,12 +30,13 @@ class NewToken(msgspec.Struct, frozen=True):
     scope: Literal["device", "api", "admin"] = "device"
     device_id: Identifier = None
     label: Annotated[str, Meta(max_length=100, description="For people.")] = ""
-    expires_in: Annotated[
-        int | None, Meta(ge=1, le=100 * 365 * 86400, description="Seconds until it expires.")
-    ] = None
+    expires_in: (
+        Annotated[int, Meta(ge=1, le=100 * 365 * 86400, description="Seconds until it expires.")]
+        | None
+    ) = None
 
 
-@route("GET", "/api/tokens", scope="admin", query=TokensPage, errors=(503,))
+@route("GET", "/api/tokens", answer=answers.Tokens, scope="admin", query=TokensPage, errors=(503,))
 async def tokens(api: Api, call: Call[TokensPage, None]) -> dict[str, Any]:
     """The tokens by id, never their text."""
     query = call.query
@@ -44,7 +46,14 @@ async def tokens(api: Api, call: Call[TokensPage, None]) -> dict[str, Any]:
     return {"tokens": rows, "next": make_cursor("tokens", [rows[-1]["id"]]) if more else None}
 
 
-@route("POST", "/api/tokens", scope="admin", body=NewToken, errors=(404, 503))
+@route(
+    "POST",
+    "/api/tokens",
+    answer=answers.CreatedToken,
+    scope="admin",
+    body=NewToken,
+    errors=(404, 503),
+)
 async def create_token(api: Api, call: Call[NoQuery, NewToken]) -> dict[str, Any]:
     """Create a token; its text is shown only now."""
     body = call.body
@@ -62,7 +71,7 @@ async def create_token(api: Api, call: Call[NoQuery, NewToken]) -> dict[str, Any
     }
 
 
-@route("DELETE", "/api/tokens/{token_id}", scope="admin", errors=(404, 503))
+@route("DELETE", "/api/tokens/{token_id}", answer=answers.Cut, scope="admin", errors=(404, 503))
 async def revoke_token(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:
     """Revoke a token on every instance and cut its connections (4001)."""
     token_hash = await api.accounts.token_hash(call.number("token_id"))

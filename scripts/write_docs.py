@@ -1,0 +1,40 @@
+"""Writes docs/openapi.yaml and docs/metrics.md from the code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from wsgateway.api import exposition, listener, openapi
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def api() -> str:
+    """The description of the HTTP API as YAML."""
+    assert listener.MODULES  # importing them declares the calls
+    document = json.loads(json.dumps(openapi.document()))  # without what is shared, and so aliased
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
+
+
+def metrics() -> str:
+    """The reference of every metric as Markdown."""
+    lines = [
+        "# Metrics",
+        "",
+        "`GET /metrics` on the HTTP listener, in Prometheus' format; without a key on a loopback",
+        "address only. Those of the process and of Python come on top. No label names a user, a",
+        "device or anything that a client chose.",
+        "",
+        "| metric | what it counts |",
+        "|---|---|",
+    ]
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in exposition.names().items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    (DOCS / "openapi.yaml").write_text(api())
+    (DOCS / "metrics.md").write_text(metrics())

@@ -1,0 +1,147 @@
+"""The counters as Prometheus reads them.
+
+Only this module knows prometheus-client and the metrics' names. What each one means is written once,
+at its declaration in `metrics`. Counting stays an integer addition: the values are read when they
+are asked for.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from wsgateway import __version__
+from wsgateway.api.context import Api
+from wsgateway.metrics import Metrics
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+LABELS = {
+    "refused": "reason",
+    "closed": "code",
+    "aborted": "reason",
+    "received": "type",
+    "errors": "code",
+    "dropped": "reason",
+    "lookups": "source",
+    "mirror_published": "fate",
+    "mirror_rejected": "reason",
+    "queue_items": "fate",
+    "api_requests": "status",
+}
+"""The label of each counter that has one."""
+
+NAMES = {
+    "mirror_lag": "mirror_lag_seconds",
+    "received_bytes": "received_bytes_total",
+    "sent_bytes": "sent_bytes_total",
+}
+"""Names that do not follow from the field's."""
+
+
+def text(api: Api) -> bytes:
+    """All metrics of one instance, in Prometheus' text format."""
+    registry = CollectorRegistry()
+    registry.register(_Collector(api))
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    return generate_latest(registry)
+
+
+@lru_cache
+def descriptions() -> dict[str, str]:
+    """What each field of `Metrics` counts, as its declaration says."""
+    body = ast.parse(inspect.getsource(Metrics)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field, string in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            assert isinstance(string, ast.Expr)
+            assert isinstance(string.value, ast.Constant)
+            found[field.target.id] = " ".join(str(string.value.value).split())
+    return found
+
+
+def names() -> dict[str, str]:
+    """Every metric of the gateway's own, by name, with what it means."""
+    told = {
+        _name(field, getattr(Metrics(), field)): meaning
+        for field, meaning in descriptions().items()
+    }
+    return {**GAUGES, **told}
+
+
+GAUGES = {
+    "wsgateway_connections": "Devices connected.",
+    "wsgateway_users": "Users with a device connected.",
+    "wsgateway_devices": "Devices connected that have an id.",
+    "wsgateway_instances": "Instances alive, this one too.",
+    "wsgateway_build_info": "Version and instance, always 1.",
+}
+
+
+class _Collector(Collector):
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    def collect(self) -> Iterator[Metric]:
+        api = self._api
+        yield InfoMetricFamily(
+            "wsgateway_build",
+            GAUGES["wsgateway_build_info"],
+            {
+                "version": __version__,
+                "instance_name": api.cluster.name,
+                "python": platform.python_version(),
+            },
+        )
+        counts = {**api.control.counts_here(), "instances": len(api.cluster.others) + 1}
+        for name, number in counts.items():
+            full = f"wsgateway_{name}"
+            yield GaugeMetricFamily(full, GAUGES[full], number)
+        for field, meaning in descriptions().items():
+            yield _family(field, meaning, getattr(api.metrics, field))
+
+
+def _name(field: str, value: Any) -> str:
+    if field in NAMES:
+        return f"wsgateway_{NAMES[field]}"
+    counts = isinstance(value, int | Counter)
+    return f"wsgateway_{field}_total" if counts else f"wsgateway_{field}"
+
+
+def _family(field: str, meaning: str, value: Any) -> Metric:
+    name = _name(field, value)
+    if isinstance(value, Counter):
+        counters = CounterMetricFamily(name, meaning, labels=[LABELS[field]])
+        for label, number in value.items():
+            counters.add_metric([str(label)], number)
+        return counters
+    if isinstance(value, dict):
+        states = GaugeMetricFamily(name, meaning, labels=["connection", "state"])
+        for label, state in value.items():
+            states.add_metric([label, state], 1)
+        return states
+    if isinstance(value, float):
+        return GaugeMetricFamily(name, meaning, value)
+    return CounterMetricFamily(name, meaning, value)
