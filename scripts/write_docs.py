@@ -1,8 +1,9 @@
-"""Writes docs/openapi.yaml and docs/metrics.md from the code."""
+"""Writes openapi.yaml and metrics.md from the code, into docs/ or the folder that is named."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import yaml
@@ -36,5 +37,6 @@ def metrics() -> str:
 
 
 if __name__ == "__main__":
-    (DOCS / "openapi.yaml").write_text(api())
-    (DOCS / "metrics.md").write_text(metrics())
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS
+    (folder / "openapi.yaml").write_text(api())
+    (folder / "metrics.md").write_text(metrics())

@@ -35,6 +35,13 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.Abstrac
     return LOOPS
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Name the tests that need redis-server, so that they can be left out where there is none."""
+    for item in items:
+        if "redis_server" in getattr(item, "fixturenames", ()):
+            item.add_marker("redis")
+
+
 @dataclass
 class Accounts:
     """A token database with a user (1) who has a primary device (1), and ways to change it."""

@@ -8,20 +8,30 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from wsgateway import auth, store
 from wsgateway.config import Config
 from wsgateway.errors import StoreForeign, StoreMissing
+from wsgateway.store import Scope, Store
 
 PROPERTY = "demo"
 
 
-async def prepare(config: Config) -> tuple[Config, str]:
-    """The configuration of a demo (loopback, a database of its own) and its token.
+class Demo(NamedTuple):
+    """What a demo starts with: ``key`` is for its HTTP API."""
 
-    The token is kept in a file that only its owner can read, so that it is the same at every start.
+    config: Config
+    token: str
+    key: str
+
+
+async def prepare(config: Config) -> Demo:
+    """A demo: loopback, a database of its own, a device's token and a key.
+
+    Both are kept in files that only their owner can read, so that they are the same at every start.
 
     Raises:
         StoreError: the demo's database cannot be used.
@@ -29,19 +39,21 @@ async def prepare(config: Config) -> tuple[Config, str]:
     """
     folder = config.state_dir()
     database = folder / "demo.db"
-    token = await _prepare_database(database, _read_token(folder / "demo.token"))
-    _keep_token(folder / "demo.token", token)
-    return (
-        msgspec.structs.replace(
-            config,
-            server=msgspec.structs.replace(config.server, host="127.0.0.1"),
-            auth=msgspec.structs.replace(config.auth, database=str(database)),
-        ),
-        token,
+    files: dict[Scope, Path] = {"device": folder / "demo.token", "admin": folder / "demo.key"}
+    wanted = {scope: _read_token(path) for scope, path in files.items()}
+    tokens = await _prepare_database(database, wanted)
+    for scope, path in files.items():
+        _keep_token(path, tokens[scope])
+    loopback = msgspec.structs.replace(
+        config,
+        server=msgspec.structs.replace(config.server, host="127.0.0.1"),
+        api=msgspec.structs.replace(config.api, host="127.0.0.1"),
+        auth=msgspec.structs.replace(config.auth, database=str(database)),
     )
+    return Demo(loopback, tokens["device"], tokens["admin"])
 
 
-async def _prepare_database(database: Path, token: str) -> str:
+async def _prepare_database(database: Path, tokens: dict[Scope, str]) -> dict[Scope, str]:
     try:
         await _refuse_foreign(database)
         new = False
@@ -52,13 +64,18 @@ async def _prepare_database(database: Path, token: str) -> str:
             await db.set_property(PROPERTY, "1")
             user_id = await db.add_user("demo")
             await db.bind(user_id, await db.add_device("demo-speaker"))
-        known = await db.tokens_by_hash([auth.hash_token(token)])
-        for row in known.values():
-            if auth.ended(row, time.time()):
-                token, known = auth.new_token(), {}
-        if not known:
-            user_id = await db.user_id("demo")
-            await db.add_token(auth.hash_token(token), user_id, "device", label="demo")
+        return {scope: await _valid(db, scope, token) for scope, token in tokens.items()}
+
+
+async def _valid(db: Store, scope: Scope, token: str) -> str:
+    """The token, or a new one where it was revoked."""
+    known = await db.tokens_by_hash([auth.hash_token(token)])
+    for row in known.values():
+        if not auth.ended(row, time.time(), (scope,)):
+            return token
+        token = auth.new_token()
+    user_id = await db.user_id("demo")
+    await db.add_token(auth.hash_token(token), user_id, scope, label="demo")
     return token
 
 

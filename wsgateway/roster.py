@@ -90,7 +90,7 @@ class Roster:
             "address": visitor.address,
             "messages": visitor.messages,
             "connected_at": wall(visitor.opened_at),
-            "last_activity": wall(visitor.heard_at),
+            "last_activity": wall(_active_at(visitor)),
         }
 
     async def cut(self, visitors: Iterable[Visitor], code: CloseCode, reason: str) -> int:
@@ -118,13 +118,18 @@ class Roster:
             "connections": len(visitors),
             "instances": [self._instance],
             "connected_at": wall(min(visitor.opened_at for visitor in visitors)),
-            "last_activity": wall(max(visitor.heard_at for visitor in visitors)),
+            "last_activity": wall(max(map(_active_at, visitors))),
         }
 
 
 def wall(at: float) -> str:
     """A time of the monotonic clock as the wall clock showed it."""
     return datetime.fromtimestamp(time.time() - monotonic() + at, UTC).isoformat()
+
+
+def _active_at(visitor: Visitor) -> float:
+    """When anything came from a device last; its request came before it was connected."""
+    return max(visitor.heard_at, visitor.opened_at)
 
 
 def _id(visitor: Visitor) -> str:

@@ -22,6 +22,6 @@ async def stats(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:  # noqa:
         "devices": counts[api.cluster.name]["devices"],
         "rates": api.rates.per_second(),
         "operations": api.timings.summary(),
-        "redis": dict(api.metrics.redis_states) or {"state": "off"},
+        "redis": dict(api.metrics.redis_states),
         "instances": counts,
     }

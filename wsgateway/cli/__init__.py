@@ -91,6 +91,10 @@ def build_parser() -> Parser:
     _add_user(commands)
     _add_device(commands)
     _add_token(commands)
+    _add_send(commands)
+    _add_looks(commands)
+    _add_disconnect(commands)
+    _add_queue(commands)
     return parser
 
 
@@ -177,6 +181,68 @@ def _add_token(commands: argparse._SubParsersAction[Parser]) -> None:
     revoke.add_argument("token", help="its id, its text, or - to read the text from stdin")
     check = _account_verb(verbs, "token", "check", "say whether a token opens the device socket")
     check.add_argument("token", help="its text, or - to read it from stdin (argv shows in ps)")
+
+
+def _add_send(commands: argparse._SubParsersAction[Parser]) -> None:
+    send = _remote(commands, "send", "send", "send a message through a running gateway")
+    target = send.add_mutually_exclusive_group(required=True)
+    target.add_argument("--user", type=_identifier, help="to a user (id)")
+    target.add_argument("--device", type=_identifier, help="to a device (id)")
+    target.add_argument("--all", action="store_true", help="to everybody")
+    _add_message(send)
+    send.add_argument("--timeout", type=float, metavar="SECONDS", help="wait so long for receipts")
+    send.add_argument("--no-wait", action="store_true", help="do not wait for other instances")
+    send.add_argument("--require-online", action="store_true", help="fail if nobody is connected")
+    send.add_argument("--key", metavar="KEY", help="idempotency key: makes a repetition safe")
+
+
+def _add_message(parser: Parser) -> None:
+    parser.add_argument("message", nargs="?", help="JSON or text; - or nothing: from stdin")
+    parser.add_argument("-f", "--file", help="read the message from a file")
+    parser.add_argument("--type", default="system", help="the message's type (default: system)")
+
+
+def _add_looks(commands: argparse._SubParsersAction[Parser]) -> None:
+    _remote(commands, "status", "status", "show a running gateway at one look")
+    online = _remote(commands, "online", "online", "list the connected users")
+    connections = _remote(commands, "connections", "connections", "list the connections")
+    connections.add_argument("--user", type=_identifier, help="of a user (id)")
+    connections.add_argument("--device", type=_identifier, help="of a device (id)")
+    for parser in (online, connections):
+        parser.add_argument("--limit", type=int, default=10_000, help="entries at most")
+
+
+def _add_disconnect(commands: argparse._SubParsersAction[Parser]) -> None:
+    disconnect = _remote(commands, "disconnect", "disconnect", "cut connections (4003)")
+    target = disconnect.add_mutually_exclusive_group(required=True)
+    target.add_argument("--user", type=_identifier, help="of a user (id)")
+    target.add_argument("--device", type=_identifier, help="of a device (id)")
+    target.add_argument("--connection", metavar="ID", help="one connection")
+    disconnect.add_argument("--reason", default="disconnected", help="told to the devices")
+
+
+def _add_queue(commands: argparse._SubParsersAction[Parser]) -> None:
+    verbs = _noun(commands, "queue", "look at, fill and clear the queue of messages")
+    _remote(verbs, "queue_size", "size", "show how many messages wait")
+    add = _remote(verbs, "queue_add", "add", "put a message for a user into the queue")
+    add.add_argument("--user", type=_identifier, required=True, help="id")
+    _add_message(add)
+    _remote(verbs, "queue_clear", "clear", "throw away what waits")
+
+
+def _remote(
+    verbs: argparse._SubParsersAction[Parser], function: str, name: str, text: str
+) -> Parser:
+    """A command that calls a running gateway."""
+    parser = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.set_defaults(command=("remote", function))
+    parser.add_argument(
+        "--url", help="of its HTTP API; default: $WSGATEWAY_URL, else port 8001 here"
+    )
+    parser.add_argument("--key-file", metavar="FILE", help="file that holds the key")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print only a number or ids")
+    return parser
 
 
 def _identifier(text: str) -> int:

@@ -8,17 +8,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import wraps
-from typing import Any
 
 from wsgateway import auth, config, store
 from wsgateway.accounts import iso_time, public
-from wsgateway.cli import settings
-from wsgateway.errors import EXIT_CRASH, UsageError, one_line
+from wsgateway.cli import output, settings
+from wsgateway.errors import EXIT_CRASH, UsageError
 from wsgateway.store import Store
 
 MAX_LINE = 1024
@@ -55,7 +53,7 @@ async def user_add(arguments: argparse.Namespace) -> None:
     name = _name(arguments.name)
     async with _writing(arguments) as db:
         user_id = await db.add_user(name, arguments.id)
-    _tell(arguments, {"id": user_id, "name": name}, user_id, f"user {user_id} added")
+    output.tell(arguments, {"id": user_id, "name": name}, user_id, f"user {user_id} added")
 
 
 @_blocking
@@ -64,7 +62,7 @@ async def user_list(arguments: argparse.Namespace) -> None:
         rows = await db.users()
     for row in rows:
         row["active"] = bool(row["active"])
-    _list(arguments, ("id", "name", "active", "tokens"), rows)
+    output.rows(arguments, ("id", "name", "active", "tokens"), rows)
 
 
 @_blocking
@@ -82,7 +80,7 @@ async def _set_active(arguments: argparse.Namespace, active: bool) -> None:
         user_id = await db.user_id(arguments.user)
         await db.set_active(user_id, active)
     word = "enabled" if active else "disabled"
-    _tell(arguments, {"id": user_id, "active": active}, user_id, f"user {user_id} {word}")
+    output.tell(arguments, {"id": user_id, "active": active}, user_id, f"user {user_id} {word}")
 
 
 @_blocking
@@ -94,14 +92,14 @@ async def device_add(arguments: argparse.Namespace) -> None:
         if user_id is not None:
             await db.bind(user_id, device_id)
     row = {"id": device_id, "name": name, "user_id": user_id}
-    _tell(arguments, row, device_id, f"device {device_id} added")
+    output.tell(arguments, row, device_id, f"device {device_id} added")
 
 
 @_blocking
 async def device_list(arguments: argparse.Namespace) -> None:
     async with _reading(arguments) as db:
         rows = await db.devices()
-    _list(arguments, ("id", "name", "users", "primary_of"), rows)
+    output.rows(arguments, ("id", "name", "users", "primary_of"), rows)
 
 
 @_blocking
@@ -110,7 +108,7 @@ async def device_bind(arguments: argparse.Namespace) -> None:
         user_id, device_id = await _pair(db, arguments)
         primary = await db.bind(user_id, device_id)
     row = {"user_id": user_id, "device_id": device_id, "primary": primary}
-    _tell(arguments, row, device_id, f"device {device_id} bound to user {user_id}")
+    output.tell(arguments, row, device_id, f"device {device_id} bound to user {user_id}")
 
 
 @_blocking
@@ -120,7 +118,7 @@ async def device_unbind(arguments: argparse.Namespace) -> None:
         revoked = await db.unbind(user_id, device_id)
     row = {"user_id": user_id, "device_id": device_id, "tokens_revoked": revoked}
     text = f"device {device_id} taken from user {user_id}, {revoked} tokens revoked"
-    _tell(arguments, row, device_id, text)
+    output.tell(arguments, row, device_id, text)
 
 
 @_blocking
@@ -129,7 +127,9 @@ async def device_primary(arguments: argparse.Namespace) -> None:
         user_id, device_id = await _pair(db, arguments)
         await db.set_primary(user_id, device_id)
     row = {"user_id": user_id, "device_id": device_id}
-    _tell(arguments, row, device_id, f"device {device_id} is the primary device of user {user_id}")
+    output.tell(
+        arguments, row, device_id, f"device {device_id} is the primary device of user {user_id}"
+    )
 
 
 @_blocking
@@ -155,7 +155,7 @@ async def token_create(arguments: argparse.Namespace) -> None:
         "scope": arguments.scope,
         "expires_at": iso_time(expires_at),
     }
-    _tell(arguments, row, token, f"token {token_id} (shown only now):\n{token}")
+    output.tell(arguments, row, token, f"token {token_id} (shown only now):\n{token}")
 
 
 @_blocking
@@ -164,7 +164,7 @@ async def token_list(arguments: argparse.Namespace) -> None:
         user_id = await db.user_id(arguments.user) if arguments.user else None
         rows = [public(row) for row in await db.tokens(user_id)]
     columns = ("id", "user_id", "user_name", "device_id", "scope", "label", "expires_at", "state")
-    _list(arguments, columns, rows)
+    output.rows(arguments, columns, rows)
 
 
 @_blocking
@@ -176,7 +176,7 @@ async def token_revoke(arguments: argparse.Namespace) -> None:
         else:
             row = await db.revoke("hash", auth.hash_token(given))
     text = f"token {row.id} revoked; its devices are cut within 5 s"
-    _tell(arguments, {"id": row.id, "user_id": row.user_id}, row.id, text)
+    output.tell(arguments, {"id": row.id, "user_id": row.user_id}, row.id, text)
 
 
 @_blocking
@@ -187,7 +187,7 @@ async def token_check(arguments: argparse.Namespace) -> int | None:
     reason = auth.ended(row, time.time())
     answer = {"valid": reason is None, "reason": reason} | (public(row) if row else {})
     text = "valid" if reason is None else f"not valid for devices: {reason}"
-    _tell(arguments, answer, text, text)
+    output.tell(arguments, answer, text, text)
     return None if reason is None else EXIT_CRASH
 
 
@@ -236,37 +236,3 @@ def _read_token(given: str) -> str:
     if not token:
         raise UsageError("no token given")
     return token
-
-
-def _tell(arguments: argparse.Namespace, row: Mapping[str, Any], quiet: object, text: str) -> None:
-    if arguments.json:
-        print(json.dumps(row, ensure_ascii=False))
-    else:
-        print(quiet if arguments.quiet else text)
-
-
-def _list(
-    arguments: argparse.Namespace, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
-) -> None:
-    if arguments.json:
-        print(json.dumps(list(rows), ensure_ascii=False))
-    elif arguments.quiet:
-        for row in rows:
-            print(row["id"])
-    else:
-        table = [columns, *([_cell(row[column]) for column in columns] for row in rows)]
-        widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
-        for line in table:
-            print(
-                "  ".join(
-                    cell.ljust(width) for cell, width in zip(line, widths, strict=True)
-                ).rstrip()
-            )
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value)) or "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "-" if value in (None, "") else one_line(str(value))

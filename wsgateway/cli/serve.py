@@ -20,18 +20,18 @@ def serve(arguments: argparse.Namespace) -> None:
     if not arguments.demo:
         server.run(loaded.config)
         return
-    config, token = asyncio.run(demo.prepare(loaded.config))
+    made = asyncio.run(demo.prepare(loaded.config))
 
     def ready(running: server.Running) -> None:
         if "command line" in (loaded.origins["server.host"], loaded.origins["auth.database"]):
             print("--demo has a loopback address and a database of its own.", file=sys.stderr)
-        _say_what_next(running, token)
+        _say_what_next(running, made)
 
-    server.run(config, ready=ready)
+    server.run(made.config, ready=ready)
 
 
-def _say_what_next(running: server.Running, token: str) -> None:
-    url = f"ws://127.0.0.1:{running.addresses[0][1]}/ws/device/?token={token}"
+def _say_what_next(running: server.Running, made: demo.Demo) -> None:
+    url = f"ws://127.0.0.1:{running.addresses[0][1]}/ws/device/?token={made.token}"
     print(
         f"""wsgateway demo: one user, one device, on this machine only.
 
@@ -43,11 +43,23 @@ and type
 
     {{"type": "ping"}}
     {{"type": "sing", "message": {{"song": "青花瓷", "artist": "周杰伦"}}}}
-
+{_say_how_to_send(running, made)}
 Ctrl+C stops the gateway.
 """,
         flush=True,
     )
+
+
+def _say_how_to_send(running: server.Running, made: demo.Demo) -> str:
+    if running.api_address is None:
+        return ""
+    port = running.api_address[1]
+    return f"""
+In a third one, be the backend:
+
+    curl http://127.0.0.1:{port}/api/devices/1/messages -H 'Content-Type: application/json' \\
+        -H 'X-API-Key: {made.key}' -d '{{"message": "hello"}}'
+"""
 
 
 def _python() -> str:
