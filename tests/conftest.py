@@ -244,6 +244,7 @@ class Process:
 
     popen: subprocess.Popen[str]
     port: int
+    api_port: int
     log: Path
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -294,8 +295,9 @@ def serve(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[...,
             )  # fmt: skip
         started.append(popen)
         while popen.poll() is None:
-            if found := re.search(r" ready .*devices=[^ ]*:(\d+)", log.read_text()):
-                return Process(popen, int(found[1]), log)
+            ready = r" ready .*devices=\S*:(\d+) api=(?:\S*:(\d+)|off) "
+            if found := re.search(ready, log.read_text()):
+                return Process(popen, int(found[1]), int(found[2] or 0), log)
         raise AssertionError(f"serve ended with {popen.returncode}: {log.read_text()}")
 
     yield start

@@ -347,7 +347,7 @@ def gateway_logging_to(
             with contextlib.suppress(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", port)).close()
                 break
-        yield Process(popen, port, tmp_path / "none")
+        yield Process(popen, port, 0, tmp_path / "none")
     finally:
         popen.kill()
         popen.wait()

@@ -271,7 +271,13 @@ def _path(request: web.Request, route: Route) -> dict[str, str]:
 def _query(request: web.Request, route: Route) -> Any:
     if route.query is NoQuery or (not request.query_string):
         return route.query()
-    return _convert(dict(request.query), route.query, strict=False)
+    values: dict[str, str] = {}
+    for name, value in request.query.items():
+        # msgspec would take the word null for no value at all.
+        if name in values or value.lower() == "null":
+            raise problems.invalid(name, "one value is expected")
+        values[name] = value
+    return _convert(values, route.query, strict=False)
 
 
 def _convert(document: Any, kind: Any, *, strict: bool) -> Any:
