@@ -13,10 +13,11 @@ import errno
 import hashlib
 import ipaddress
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
 from time import monotonic, perf_counter
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, cast
 
 import msgspec
 import orjson
@@ -60,6 +61,7 @@ class Listener:
         self._api = api
         self._authenticator = authenticator
         self._keys = {key.sha256: Caller(key.name, key.scope) for key in settings.keys}
+        self.body_timeout = settings.body_timeout
         self._under_way = 0
         self._headers = {**JSON_HEADERS, INSTANCE_HEADER: api.cluster.name}
 
@@ -108,7 +110,7 @@ class Listener:
         if len(runner.server.connections) >= self._settings.connections:
             self._api.metrics.api_busy += 1
             return _Closed()
-        return runner.server()
+        return _Protocol(self, runner.server)
 
     def _handler(self, route: Route) -> Handler:
         async def handle(request: web.Request) -> web.Response:
@@ -211,26 +213,78 @@ class Listener:
     @web.middleware
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Count every answer, and give every failure in JSON, also those that aiohttp finds."""
+        if isinstance(request.protocol, _Protocol):
+            request.protocol.heard()
         try:
             response: web.StreamResponse = await handler(request)
         except (asyncio.CancelledError, ConnectionResetError):
             raise
         except Exception as error:  # noqa: BLE001 - nobody above could answer it
             problem, headers = _problem(error)
-            if problem.retry_after is not None:
-                headers["Retry-After"] = str(problem.retry_after)
-            response = web.Response(
-                body=orjson.dumps(problem.document()),
-                status=problem.status.value,
-                headers={**self._headers, **headers},
-            )
+            return self.failure(problem, problem.status.value, headers)
         self._api.metrics.api_requests[response.status] += 1
         return response
+
+    def failure(
+        self, problem: Problem, status: int, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> web.Response:
+        """The answer to a call that fails, counted."""
+        self._api.metrics.api_requests[status] += 1
+        more = {} if problem.retry_after is None else {"Retry-After": str(problem.retry_after)}
+        return web.Response(
+            body=orjson.dumps(problem.document()),
+            status=status,
+            headers={**self._headers, **headers, **more},
+        )
 
     async def _sample(self) -> None:
         while True:
             self._api.rates.sample(monotonic())
             await asyncio.sleep(SAMPLE_SECONDS)
+
+
+class _Protocol(web.RequestHandler):
+    """A caller's connection: what is no HTTP gets one line in JSON, and who says nothing is cut."""
+
+    __slots__ = ("_listener", "_silent")
+
+    def __init__(self, listener: Listener, server: web.Server) -> None:
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            access_log=None,  # type: ignore[arg-type] - as AppRunner passes it
+        )
+        self._listener = listener
+        self._silent: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        loop = asyncio.get_running_loop()
+        self._silent = loop.call_later(
+            self._listener.body_timeout, cast(asyncio.Transport, transport).abort
+        )
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.heard()
+        super().connection_lost(exc)
+
+    def heard(self) -> None:
+        """A whole request came."""
+        if self._silent is not None:
+            self._silent.cancel()
+            self._silent = None
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,  # noqa: ARG002 - its text is not for the caller
+        message: str | None = None,  # noqa: ARG002
+    ) -> web.StreamResponse:
+        log.warning("api request refused: no HTTP address=%s", request.remote)
+        response = self._listener.failure(problems.malformed("this is no HTTP request"), status)
+        response.force_close()
+        return response
 
 
 class _Closed(asyncio.Protocol):
