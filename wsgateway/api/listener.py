@@ -45,7 +45,11 @@ STOP_SECONDS: Final = 2.0
 MAX_KEY: Final = 128
 """Characters of an idempotency key."""
 
-JSON_HEADERS: Final = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+JSON_HEADERS: Final = {
+    "Content-Type": "application/json",
+    "Cache-Control": "no-store",
+    "Server": "wsgateway",
+}
 
 INSTANCE_HEADER: Final = "Wsgateway-Instance"
 """Says in every answer which instance gave it."""
@@ -252,7 +256,7 @@ class _Protocol(web.RequestHandler):
         super().__init__(
             server,
             loop=asyncio.get_running_loop(),
-            access_log=None,  # type: ignore[arg-type] - as AppRunner passes it
+            access_log=None,  # type: ignore[arg-type]  # as AppRunner does
         )
         self._listener = listener
         self._silent: asyncio.TimerHandle | None = None
