@@ -1,4 +1,4 @@
-"""What the HTTP listener answers without a key: health, the API's description, metrics.
+"""What the HTTP listener answers without a key: health, the API's description, the dashboard, metrics.
 
 Only this module knows these paths.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 
 import orjson
 
@@ -15,6 +16,9 @@ from wsgateway.api.context import Api
 
 METRICS = {"Content-Type": exposition.CONTENT_TYPE, "Cache-Control": "no-store"}
 JSON = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+
+POLICY = "default-src 'self'; frame-ancestors 'none'; form-action 'none'; base-uri 'none'"
+"""The page loads nothing from elsewhere and cannot be framed (CSP level 3)."""
 
 Made = tuple[int, dict[str, str], bytes]
 
@@ -33,8 +37,17 @@ def documents(api: Api, *, metrics_keyed: bool) -> dict[str, Document]:
         "/healthz": Document(lambda: (200, JSON, b'{"status":"ok"}')),
         "/readyz": Document(lambda: _ready(api)),
         "/api/openapi.json": Document(lambda: (200, JSON, orjson.dumps(openapi.document()))),
+        "/": _page("dashboard.html", "text/html"),
+        "/static/dashboard.js": _page("dashboard.js", "text/javascript"),
+        "/static/dashboard.css": _page("dashboard.css", "text/css"),
         "/metrics": Document(lambda: (200, METRICS, exposition.text(api)), metrics_keyed),
     }
+
+
+def _page(name: str, kind: str) -> Document:
+    body = (resources.files("wsgateway.api") / "static" / name).read_bytes()
+    headers = {"Content-Type": f"{kind}; charset=utf-8", "Content-Security-Policy": POLICY}
+    return Document(lambda: (200, headers, body))
 
 
 def _ready(api: Api) -> Made:
