@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
     {"errors", "background"},
-    {"config", "metrics", "wire", "hub", "limits", "ledger", "timings"},
+    {"config", "metrics", "wire", "hub", "limits", "ledger", "timings", "subscriptions"},
     {"logs", "store", "providers", "fanout", "handshake", "envelope"},
     {"handlers", "gateway", "auth", "link"},
     {"session", "accounts", "roster", "cluster", "mirror"},

@@ -6,6 +6,7 @@ sockets. Each change is a transaction of its own, under the same lock as the com
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
 from datetime import UTC, datetime
@@ -83,15 +84,12 @@ class Accounts:
                     return row.hash
         raise NotFound(f"no such token: {token_id}")
 
-    async def revoke(self, token_hash: str) -> int | None:
-        """End a token; its user, or None if it is not known here."""
-        try:
+    async def revoke(self, token_hash: str) -> None:
+        """End a token, if it is known here."""
+        with contextlib.suppress(NotFound):
             async with store.open_to_write(self._path) as db:
-                row = await db.revoke("hash", token_hash)
-        except NotFound:
-            return None
+                await db.revoke("hash", token_hash)
         self._authenticator.forget()
-        return row.user_id
 
     async def set_active(self, user_id: int, active: bool) -> None:
         """Enable or disable a user."""

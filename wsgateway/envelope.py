@@ -5,6 +5,7 @@ groups nor loops.
 
     1 <origin> <epoch> <seq> <id>\\n<JSON of the message>    a message of an instance
     b <origin>\\n{"<channel>": ["<epoch>", <last seq>], ...}    a beat: what it sent lately
+    r <origin>\\n                                              it missed some: all are to beat anew
     {"type": ...}                                            a message of any other program
 
 ``origin`` is an instance's name, ``epoch`` random at its start. ``seq`` counts per origin, epoch
@@ -37,6 +38,7 @@ BEAT_CHANNELS: Final = 1000
 _HEADER = re.compile(
     rb"1 ([\w.:-]{1,64}) ([\w.-]{1,64}) ([1-9]\d{0,15}) ([\w.:-]{1,96})\n", re.ASCII
 )
+_RESYNC = re.compile(rb"r ([\w.:-]{1,64})\n", re.ASCII)
 _BEAT = re.compile(rb"b ([\w.:-]{1,64})\n", re.ASCII)
 
 
@@ -76,6 +78,12 @@ class Beat(NamedTuple):
     used: dict[str, tuple[str, int]]
 
 
+class Resync(NamedTuple):
+    """An instance that missed beats."""
+
+    origin: str
+
+
 def new_id(kind: str) -> str:
     """An id that no other message has; its first letter says what the sender wants."""
     return kind + secrets.token_hex(16)
@@ -91,12 +99,17 @@ def seal_beat(origin: str, used: Mapping[str, tuple[str, int]]) -> bytes:
     return f"b {origin}\n".encode() + orjson.dumps(used)
 
 
-def read(data: bytes, max_bytes: int) -> Envelope | Beat | bytes:
+def seal_resync(origin: str) -> bytes:
+    """A word to all: this instance may have missed beats."""
+    return f"r {origin}\n".encode()
+
+
+def read(data: bytes, max_bytes: int) -> Envelope | Beat | Resync | bytes:
     """Read what came on a group's channel.
 
     Returns:
         An instance's message, whose payload is UTF-8 of at most ``max_bytes`` and otherwise unread;
-        a beat; or the JSON of any other program's message, checked and encoded anew.
+        a beat; a wish for beats; or the JSON of any other program's message, checked and encoded anew.
 
     Raises:
         BadEnvelope: 'header', 'size', 'utf8', 'json' or 'beat'.
@@ -114,6 +127,11 @@ def read(data: bytes, max_bytes: int) -> Envelope | Beat | bytes:
         return Envelope(origin.decode(), epoch.decode(), int(seq), message_id.decode(), payload)
     if data.startswith(b"b "):
         return _read_beat(data)
+    if data.startswith(b"r "):
+        word = _RESYNC.fullmatch(data)
+        if word is None:
+            raise BadEnvelope("beat")
+        return Resync(word[1].decode())
     if data[:1] == b"{":
         _check_text(data, max_bytes)
         return _read_bare(data)

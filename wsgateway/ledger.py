@@ -45,6 +45,10 @@ class Sent:
         used, self._used = self._used, {}
         return used
 
+    def repeat(self) -> None:
+        """Count every channel as used, for somebody who may have missed what was said of them."""
+        self._used = dict(self._channels)
+
 
 class Received:
     """What came from each sender on each channel that this instance listens to."""
@@ -67,23 +71,19 @@ class Received:
                 return None
         else:
             missing = seq - 1
-        origins[origin] = (epoch, seq)
-        if len(origins) > MAX_ORIGINS:
-            origins.popitem(last=False)
+        _note(origins, origin, (epoch, seq))
         return missing
 
     def beat(self, channel: str, origin: str, epoch: str, last: int) -> int:
         """Note the last number a sender says it used; how many up to it are missing."""
         origins = self._origins(channel)
         known = origins.get(origin)
-        origins[origin] = (epoch, last)
+        if known is not None and known[0] == epoch and known[1] >= last:
+            return 0
+        _note(origins, origin, (epoch, last))
         if known is None:
             return 0
-        if known[0] != epoch:
-            return last
-        if last < known[1]:
-            origins[origin] = known
-        return max(0, last - known[1])
+        return last - known[1] if known[0] == epoch else last
 
     def forget(self, channel: str) -> None:
         """Stop counting a channel that is not listened to any more."""
@@ -91,6 +91,12 @@ class Received:
 
     def _origins(self, channel: str) -> OrderedDict[str, tuple[str, int]]:
         return self._channels.setdefault(channel, OrderedDict())
+
+
+def _note(origins: OrderedDict[str, tuple[str, int]], origin: str, entry: tuple[str, int]) -> None:
+    origins[origin] = entry
+    if len(origins) > MAX_ORIGINS:
+        origins.popitem(last=False)
 
 
 class Seen:
@@ -104,13 +110,12 @@ class Seen:
     def add(self, message_id: str, now: float) -> bool:
         """Note an id; False if it was noted within that time."""
         ids = self._ids
-        while ids:
-            oldest, noted = next(iter(ids.items()))
-            if noted + self._seconds > now and len(ids) <= self._size:
-                break
-            del ids[oldest]
+        while ids and next(iter(ids.values())) + self._seconds <= now:
+            ids.popitem(last=False)
         if message_id in ids:
             return False
+        if len(ids) >= self._size:
+            ids.popitem(last=False)
         ids[message_id] = now
         return True
 

@@ -15,12 +15,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import Final
 
 from wsgateway import envelope
-from wsgateway.envelope import BEAT_CHANNELS, BadEnvelope, Beat, Envelope, Fate, Published
+from wsgateway.envelope import (
+    BEAT_CHANNELS,
+    BadEnvelope,
+    Beat,
+    Envelope,
+    Fate,
+    Published,
+    Resync,
+)
 from wsgateway.gateway import ALL
 from wsgateway.ledger import Received, Sent
 from wsgateway.link import (
@@ -35,11 +44,15 @@ from wsgateway.link import (
     stay,
 )
 from wsgateway.metrics import Metrics
+from wsgateway.subscriptions import Confirmation, Subscriptions
 
 log = logging.getLogger(__name__)
 
 PROBE_INTERVAL: Final = 1.0
 """Seconds between two probes."""
+
+RETRY_INTERVAL: Final = 0.1
+"""Seconds between two probes while nothing can be published."""
 
 DEAF_SECONDS: Final = 5.0
 """Seconds without hearing anything, while publishing works, after which the subscriber reconnects."""
@@ -83,17 +96,15 @@ class Mirror:
         self._sent = Sent(epoch)
         self._received = Received()
         self._condition = Condition("subscriber", metrics)
-        self._wanted: set[str] = set()
-        self._lingering: dict[str, float] = {}  # with since when, oldest first
-        self._unasked: dict[str, None] = {}  # wanted, and not yet asked for on this connection
-        self._subscribed: set[str] = set()
-        self._changed = asyncio.Event()
-        self._waiting: dict[str, asyncio.Future[None]] = {}
-        self._heard_at = 0.0
+        self._heard_at = self._probe_sent_at = 0.0
+        self._probe_sent = b""
         self.first_up = asyncio.Event()
         """Set once the mirror works for the first time."""
         self._beat_is_due = asyncio.Event()
-        self._fixed = (self.channel(ALL), self.node(name))
+        self._noted = False
+        """Whether Redis knows which groups this instance listens to, and no others."""
+        self._all, self._own = self.channel(ALL), self.node(name)
+        self._subscriptions = Subscriptions([self._all, self._own])
         self._deliver: Callable[[str, Envelope | bytes], None]
         self._on_node: Callable[[bytes], None]
         self._on_beat: Callable[[str], None]
@@ -124,7 +135,7 @@ class Mirror:
         def build() -> list[Command]:
             epoch, seq = self._sent.next(channel)
             data = envelope.seal(self._name, epoch, seq, message_id, payload)
-            questions = (("SISMEMBER", self._groups_of(name), group) for name in asked)
+            questions = (("SMISMEMBER", self._groups_of(name), ALL, group) for name in asked)
             return [*questions, ("PUBLISH", channel, data)]
 
         published: asyncio.Future[Published] = asyncio.get_running_loop().create_future()
@@ -134,7 +145,10 @@ class Mirror:
             if replies and isinstance(replies[-1], Exception):
                 fate = Fate.NOT_SENT
             self._metrics.mirror_published[fate.value] += 1
-            listening = [name for name, is_in in zip(asked, replies, strict=False) if is_in == 1]
+            # Without an entry for everybody, Redis has lost the set: then it may well listen.
+            listening = [
+                name for name, reply in zip(asked, replies, strict=False) if reply != [1, 0]
+            ]
             if not published.done():
                 published.set_result(
                     Published(fate, frozenset(others if group == ALL else listening))
@@ -147,28 +161,13 @@ class Mirror:
         """Send a word to one instance."""
         return self._pipeline.submit(lambda: [("PUBLISH", self.node(name), data)], len(data))
 
-    def want(self, groups: Iterable[str]) -> list[asyncio.Future[None]]:
-        """Subscribe to groups soon; what to wait for until Redis has confirmed each.
-
-        The futures are shared: wait for them with `asyncio.wait`, which does not cancel them.
-        """
-        waits = []
-        for channel in map(self.channel, groups):
-            self._lingering.pop(channel, None)
-            if channel not in self._wanted:
-                self._wanted.add(channel)
-                self._unasked[channel] = None
-                self._changed.set()
-            if channel not in self._subscribed:
-                if channel not in self._waiting:
-                    self._waiting[channel] = asyncio.get_running_loop().create_future()
-                waits.append(self._waiting[channel])
-        return waits
+    def want(self, groups: Iterable[str]) -> list[Confirmation]:
+        """Subscribe to groups soon; what to wait for until Redis has confirmed each."""
+        return self._subscriptions.want(map(self.channel, groups))
 
     def unwant(self, groups: Iterable[str]) -> None:
         """Nobody wants groups any more: unsubscribe after a while."""
-        for channel in map(self.channel, groups):
-            self._lingering[channel] = monotonic()
+        self._subscriptions.unwant(map(self.channel, groups), monotonic())
 
     async def run(
         self,
@@ -183,17 +182,14 @@ class Mirror:
         the name of an instance that is alive.
         """
         self._deliver, self._on_node, self._on_beat = deliver, on_node, on_beat
-        self._wanted.update(self._fixed)
         async with asyncio.TaskGroup() as group:
             group.create_task(stay(self._condition, self._session))
             group.create_task(self._beat())
 
     async def _session(self) -> None:
-        # Ourselves last: when the probe comes back, all others are subscribed as well.
-        self._unasked = dict.fromkeys([*(self._wanted - set(self._fixed)), *self._fixed])
+        self._subscriptions.reconnected()
         async with self._redis.connected("subscriber") as connection:
             self._heard_at = monotonic()
-            self._changed.set()
             try:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._read(connection))
@@ -201,7 +197,7 @@ class Mirror:
                     group.create_task(self._probe())
             finally:
                 self._metrics.mirror_interruptions += self._condition.is_up
-                self._subscribed.clear()
+                self._subscriptions.disconnected()
 
     async def _read(self, connection: Connection) -> None:
         slice_ends = 0.0
@@ -212,13 +208,13 @@ class Mirror:
             if kind == b"message":
                 self._receive(channel.decode(), data)
             elif kind == b"subscribe":
-                self._confirm(channel.decode())
+                self._subscriptions.confirm(channel.decode())
             if now > slice_ends:
                 await asyncio.sleep(0)
                 slice_ends = monotonic() + SLICE_SECONDS
 
     def _receive(self, channel: str, data: bytes) -> None:
-        if channel == self._fixed[1]:
+        if channel == self._own:
             self._read_node(data)
             return
         try:
@@ -228,6 +224,12 @@ class Mirror:
             return
         if isinstance(found, Beat):
             self._catch_up(found)
+            return
+        if isinstance(found, Resync):
+            self._on_beat(found.origin)
+            if found.origin != self._name:
+                self._sent.repeat()
+                self._beat_is_due.set()
             return
         if isinstance(found, Envelope):
             if found.origin == self._name and found.epoch.startswith(self._epoch):
@@ -242,11 +244,11 @@ class Mirror:
 
     def _read_node(self, data: bytes) -> None:
         if data.startswith(b"probe "):
-            epoch, _, sent_at = data[6:].partition(b" ")
-            if epoch.decode(errors="replace") == self._epoch:
-                self._metrics.mirror_lag = monotonic() - float(sent_at)
+            if data == self._probe_sent:
+                self._metrics.mirror_lag = monotonic() - self._probe_sent_at
                 if not self._condition.is_up:
                     self._beat_is_due.set()  # the others are to know it at once
+                    self._pipeline.submit(self._build_resync)
                 self._condition.set(State.UP)
                 self.first_up.set()
         else:
@@ -257,7 +259,7 @@ class Mirror:
         if beat.origin == self._name:
             return
         for channel, (epoch, last) in beat.used.items():
-            if channel in self._subscribed:
+            if self._subscriptions.hears(channel):
                 self._lose(self._received.beat(channel, beat.origin, epoch, last))
 
     def _lose(self, missing: int) -> None:
@@ -266,52 +268,37 @@ class Mirror:
             self._metrics.mirror_lost += missing
             log.warning("mirror lost messages: %s did not arrive", missing)
 
-    def _confirm(self, channel: str) -> None:
-        self._subscribed.add(channel)
-        waiting = self._waiting.pop(channel, None)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(None)
-
     async def _subscribe(self, connection: Connection) -> None:
         """Make true what is wanted, a batch at a time.
 
         An instance says that it listens before it does: who sends then waits for an answer in vain
         rather than not at all.
         """
+        subscriptions = self._subscriptions
         while True:
-            while self._unasked:
-                batch = [channel for channel, _ in zip(self._unasked, range(BATCH), strict=False)]
-                for channel in batch:
-                    del self._unasked[channel]
+            while batch := subscriptions.take_unasked(BATCH):
                 await self._note("SADD", batch)
                 await self._command(connection, "SUBSCRIBE", batch)
-            before = monotonic() - LINGER_SECONDS
-            over = [channel for channel, since in self._lingering.items() if since < before]
+            over = subscriptions.take_over(monotonic() - LINGER_SECONDS)
             for start in range(0, len(over), BATCH):
                 batch = over[start : start + BATCH]
-                self._drop(batch)
+                for channel in batch:
+                    self._received.forget(channel)
                 await self._command(connection, "UNSUBSCRIBE", batch)
                 await self._note("SREM", batch)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_SECONDS):
-                    await self._changed.wait()
-            self._changed.clear()
-
-    def _drop(self, channels: Iterable[str]) -> None:
-        for channel in channels:
-            del self._lingering[channel]
-            self._wanted.discard(channel)
-            self._subscribed.discard(channel)
-            self._received.forget(channel)
-            waiting = self._waiting.pop(channel, None)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(None)
+                    await subscriptions.changed.wait()
+            subscriptions.changed.clear()
 
     async def _note(self, verb: str, channels: Iterable[str]) -> None:
-        groups = [self._group(channel) for channel in channels if channel not in self._fixed]
+        """Say in Redis which groups this instance listens to, for those who wait for its answers."""
+        groups = [self._group(channel) for channel in channels if channel != self._own]
         if groups:
             key = self._groups_of(self._name)
-            await self._pipeline.submit(lambda: [(verb, key, *groups)])
+            fate, replies = await self._pipeline.submit(lambda: [(verb, key, *groups)])
+            if fate is not Fate.TAKEN or isinstance(replies[0], Exception):
+                self._noted = False
 
     async def _command(self, connection: Connection, verb: str, channels: Sequence[str]) -> None:
         async with asyncio.timeout(self._redis.timeout):
@@ -319,25 +306,32 @@ class Mirror:
 
     async def _probe(self) -> None:
         """Publish to ourselves, and end the session if nothing of it arrives."""
+        confirmations = self._subscriptions.want([self._own])
+        if confirmations:
+            await asyncio.wait(confirmations, timeout=DEAF_SECONDS)
         asked_at = monotonic()
         while True:
-            probe = f"probe {self._epoch} {monotonic()}".encode()
-            outcome = await self.tell(self._name, probe)
-            await asyncio.sleep(PROBE_INTERVAL)
+            self._probe_sent = f"probe {self._epoch} {secrets.token_hex(8)}".encode()
+            self._probe_sent_at = monotonic()
+            outcome = await self.tell(self._name, self._probe_sent)
+            taken = outcome.fate is Fate.TAKEN
+            await asyncio.sleep(PROBE_INTERVAL if taken else RETRY_INTERVAL)
             now = monotonic()
-            if outcome.fate is not Fate.TAKEN:
+            if not taken:
                 asked_at = now  # whoever cannot speak must not blame his ear
             elif now - max(self._heard_at, asked_at) > DEAF_SECONDS:
                 raise Deaf
 
     async def _beat(self) -> None:
         """Say that this instance is alive, which channels it used, and what it listens to."""
-        key = self._groups_of(self._name)
-        await self._pipeline.submit(lambda: [("DEL", key)])
         while True:
+            if not self._noted:
+                await self._note_all()
             outcome = await self._pipeline.submit(self._build_beat)
-            if outcome.fate is Fate.TAKEN and outcome.replies[-1] == 0:
-                await self._note_all()  # a new instance, or a Redis that lost its data
+            if outcome.fate is not Fate.TAKEN:
+                self._sent.repeat()
+            elif outcome.replies[-1] != 1:
+                await self._note_all()  # Redis lost its data
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BEAT_INTERVAL):
                     await self._beat_is_due.wait()
@@ -355,8 +349,13 @@ class Mirror:
             ("EXPIRE", self._groups_of(self._name), GROUPS_TTL),
         ]
 
+    def _build_resync(self) -> list[Command]:
+        return [("PUBLISH", self.channel(ALL), envelope.seal_resync(self._name))]
+
     async def _note_all(self) -> None:
-        channels = list(self._wanted)
+        """Say anew which groups this instance listens to, and that there are no others."""
+        key, channels = self._groups_of(self._name), self._subscriptions.wanted
+        self._noted = (await self._pipeline.submit(lambda: [("DEL", key)])).fate is Fate.TAKEN
         for start in range(0, len(channels), BATCH):
             await self._note("SADD", channels[start : start + BATCH])
 
@@ -364,6 +363,6 @@ class Mirror:
         return f"{self._prefix}groups:{name}"
 
     def _group(self, channel: str) -> str:
-        if channel == self._fixed[0]:
+        if channel == self._all:
             return ALL
         return channel.removeprefix(f"{self._prefix}group:")
