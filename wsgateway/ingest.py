@@ -21,7 +21,7 @@ import orjson
 from wsgateway import config, envelope, wire
 from wsgateway.envelope import Fate
 from wsgateway.gateway import user_group
-from wsgateway.link import Pipeline
+from wsgateway.link import Command, Pipeline
 from wsgateway.metrics import Metrics
 from wsgateway.sends import Sends
 
@@ -87,7 +87,7 @@ class Ingest:
 
     async def size(self) -> dict[str, int]:
         """``{"waiting", "rejected"}``. Raises ConnectionError."""
-        waiting, rejected = await self._pipeline.call(
+        waiting, rejected = await self._call(
             ("LLEN", self._settings.name), ("LLEN", self._rejected)
         )
         return {"waiting": waiting, "rejected": rejected}
@@ -95,16 +95,11 @@ class Ingest:
     async def enqueue(self, user_id: int, message: Mapping[str, Any]) -> int:
         """Put a message into the queue; how many wait. Raises ConnectionError."""
         item = {"user_id": user_id, "message": message, "timestamp": wire.timestamp()}
-        reply = (await self._pipeline.call(("LPUSH", self._settings.name, orjson.dumps(item))))[0]
-        if isinstance(reply, Exception):
-            raise ConnectionError("refused")
-        return int(reply)
+        return int((await self._call(("LPUSH", self._settings.name, orjson.dumps(item))))[0])
 
     async def clear(self) -> int:
         """Throw away what waits; how many. Raises ConnectionError."""
-        waiting, _ = await self._pipeline.call(
-            ("LLEN", self._settings.name), ("DEL", self._settings.name)
-        )
+        waiting, _ = await self._call(("LLEN", self._settings.name), ("DEL", self._settings.name))
         return int(waiting)
 
     async def run(self) -> None:
@@ -124,6 +119,14 @@ class Ingest:
             self._held_until = 0.0
             await self._pipeline.submit(lambda: [("EVAL", _RELEASE, 1, self._lease, self._holder)])
 
+    async def _call(self, *commands: Command) -> list[Any]:
+        """What Redis answers. Raises ConnectionError where it is away or refuses."""
+        replies = await self._pipeline.call(*commands)
+        refused = next((reply for reply in replies if isinstance(reply, Exception)), None)
+        if refused is not None:
+            raise ConnectionError("refused") from refused
+        return replies
+
     async def _acquire(self) -> bool:
         asked_at = monotonic()
         reply = (
@@ -138,18 +141,11 @@ class Ingest:
 
     async def _put_back(self) -> None:
         """Put back what others, or we before a crash, had in hand: oldest to the front."""
-        names = (await self._pipeline.call(("ZRANGE", self._instances, 0, -1)))[0]
-        lists = {self._processing}
-        if isinstance(names, list):
-            lists |= {self._processing_prefix + name.decode() for name in names}
+        [names] = await self._call(("ZRANGE", self._instances, 0, -1))
+        lists = {self._processing, *(self._processing_prefix + name.decode() for name in names)}
         for one in lists:
-            while (
-                reply := (
-                    await self._pipeline.call(("LMOVE", one, self._settings.name, "LEFT", "RIGHT"))
-                )[0]
-            ) is not None:
-                if isinstance(reply, Exception):
-                    raise ConnectionError("refused")
+            move = ("LMOVE", one, self._settings.name, "LEFT", "RIGHT")
+            while (await self._call(move))[0] is not None:
                 self._metrics.queue_items["put_back"] += 1
 
     async def _take(self) -> None:

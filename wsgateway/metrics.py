@@ -82,7 +82,7 @@ class Metrics:
     receipts_incomplete: int = 0
     """Sends for which an instance did not answer in time, or Redis was away."""
     queue_items: Counter[str] = field(default_factory=Counter)
-    """Items taken from the queue, by fate: sent, rejected, taken_over."""
+    """Items taken from the queue, by fate: sent, rejected, put_back."""
     api_requests: Counter[int] = field(default_factory=Counter)
     """Requests to the HTTP API, by status."""
     api_busy: int = 0

@@ -28,6 +28,9 @@ from wsgateway.roster import Roster, Visitor, wall
 INTERVAL: Final = 3.0
 """Seconds between two beats."""
 
+RETRY_INTERVAL: Final = 0.2
+"""Seconds until what a former life left behind is removed, while Redis is away."""
+
 TTL: Final = 15
 """Seconds after its last beat that an instance and its connections are gone."""
 
@@ -85,9 +88,10 @@ class Presence:
             if fresh:
                 self._written.clear()
                 fresh = not await self._write([("DEL", self._online)])
-            if not fresh and await self._beat():
-                continue  # what Redis knew is lost: write it again now
-            await asyncio.sleep(INTERVAL)
+            if fresh:
+                await asyncio.sleep(RETRY_INTERVAL)
+            elif not await self._beat():  # else what Redis knew is lost: write it again now
+                await asyncio.sleep(INTERVAL)
 
     async def _beat(self) -> bool:
         """Write what changed; True if Redis has lost what was written before."""
