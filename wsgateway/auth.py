@@ -72,6 +72,7 @@ class Caller(NamedTuple):
 
     name: str
     scope: str
+    who: str  # whose sends are repeated: told apart where names are the same
 
 
 def new_token() -> str:
@@ -175,7 +176,7 @@ class Authenticator:
         if known is not None and known[0] > time.time():
             return known[1]
         row = await self._check(token_hash, ("api", "admin"))
-        caller = Caller(row.user_name, row.scope)
+        caller = Caller(row.user_name, row.scope, f"user {row.user_id}")
         if len(self._callers) >= MAX_CALLERS:
             self._callers.clear()
         until = time.time() + self._settings.cache_ttl

@@ -98,7 +98,7 @@ class Control:
         if not who:
             return {"cut": 0}  # never everybody by mistake
         visitors = self._roster.find(**who)
-        reason = str(about.get("reason", ""))[:100]
+        reason = str(about.get("reason", "")).encode()[:120].decode(errors="ignore")
         return {"cut": await self._roster.cut(visitors, CloseCode.DISCONNECTED, reason)}
 
     async def _revoke(self, about: Mapping[str, Any]) -> Answer:

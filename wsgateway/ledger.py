@@ -119,5 +119,9 @@ class Seen:
         ids[message_id] = now
         return True
 
+    def discard(self, message_id: str) -> None:
+        """Take an id back."""
+        self._ids.pop(message_id, None)
+
     def __len__(self) -> int:
         return len(self._ids)

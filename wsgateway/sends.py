@@ -121,6 +121,8 @@ class Sends:
         published = expected = None
         known = message_id[0] == envelope.KEYED and not self._keyed.add(message_id, monotonic())
         delivery = Delivery(0) if known else self._gateway.post(group, payload)
+        if not known and not delivery.matched:
+            self._keyed.discard(message_id)  # nobody got it here: a repetition is welcome
         if self._mirror is not None:
             others = self._cluster.others
             if seconds is not None and others:
@@ -171,6 +173,8 @@ class Sends:
         seen = self._keyed if kind == envelope.KEYED else self._recent
         if seen.add(found.id, monotonic()):
             delivery = self._gateway.post(group, found.payload)
+            if not delivery.matched and kind == envelope.KEYED:
+                seen.discard(found.id)
         else:
             self._metrics.mirror_duplicates += 1
             delivery = Delivery(0)

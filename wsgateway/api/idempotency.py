@@ -47,12 +47,16 @@ class Idempotency:
             return await asyncio.shield(known.answer)
         answer = asyncio.ensure_future(send())
         self._entries[key] = _Entry(fingerprint, answer, now)
-        try:
-            # Shielded: the caller may hang up, and ask again with the same key.
-            return await asyncio.shield(answer)
-        finally:
-            if answer.done() and (answer.cancelled() or answer.exception() is not None):
-                self._entries.pop(key, None)
+        answer.add_done_callback(lambda done: self._settle(key, done))
+        # Shielded: the caller may hang up, and ask again with the same key.
+        return await asyncio.shield(answer)
+
+    def _settle(self, key: str, answer: asyncio.Future[Any]) -> None:
+        """Forget a send that failed: it may be tried again."""
+        if answer.cancelled() or answer.exception() is not None:
+            known = self._entries.get(key)
+            if known is not None and known.answer is answer:
+                del self._entries[key]
 
     def _expire(self, now: float) -> None:
         while self._entries:

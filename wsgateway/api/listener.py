@@ -64,7 +64,9 @@ class Listener:
         self._settings = settings
         self._api = api
         self._authenticator = authenticator
-        self._keys = {key.sha256: Caller(key.name, key.scope) for key in settings.keys}
+        self._keys = {
+            key.sha256: Caller(key.name, key.scope, f"key {key.name}") for key in settings.keys
+        }
         self.body_timeout = settings.body_timeout
         self._under_way = 0
         self._headers = {**JSON_HEADERS, INSTANCE_HEADER: api.cluster.name}
@@ -80,7 +82,9 @@ class Listener:
         settings = self._settings
         app = web.Application(client_max_size=settings.body_bytes)
         for route in ROUTES:
-            app.router.add_route(route.method, route.path, self._handler(route))
+            app.router.add_route(
+                route.method, route.path, self._handler(route), expect_handler=self._expect
+            )
         for path, document in documents.documents(
             self._api, metrics_keyed=not _is_loopback(settings.host)
         ).items():
@@ -94,7 +98,10 @@ class Listener:
             loop = asyncio.get_running_loop()
             try:
                 server = await loop.create_server(
-                    lambda: self._protocol(runner), settings.host, settings.port
+                    lambda: self._protocol(runner),
+                    settings.host,
+                    settings.port,
+                    backlog=settings.connections,
                 )
             except (OSError, UnicodeError) as error:
                 raise StartError(
@@ -201,6 +208,8 @@ class Listener:
             raise problems.too_large(f"longer than {self._settings.body_bytes} bytes")
         if request.content_type != "application/json" and length:
             raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "media_type", "send application/json")
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "media_type", "send it uncompressed")
         try:
             async with asyncio.timeout(self._settings.body_timeout):
                 raw = await request.read()
@@ -241,6 +250,14 @@ class Listener:
             headers={**self._headers, **headers, **more},
         )
 
+    async def _expect(self, request: web.Request) -> web.Response | None:
+        if request.headers["Expect"].lower() != "100-continue":
+            problem = Problem(HTTPStatus.EXPECTATION_FAILED, "expectation", "not expected here")
+            return self.failure(problem, problem.status.value)
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0
+        return None
+
     async def _sample(self) -> None:
         while True:
             self._api.rates.sample(monotonic())
@@ -256,6 +273,7 @@ class _Protocol(web.RequestHandler):
         super().__init__(
             server,
             loop=asyncio.get_running_loop(),
+            auto_decompress=False,
             access_log=None,  # type: ignore[arg-type]  # as AppRunner does
         )
         self._listener = listener

@@ -36,7 +36,7 @@ Key = Annotated[
         description="Makes a repetition safe, as the header Idempotency-Key does.",
     ),
 ]
-Number = Annotated[int, Meta(ge=0, le=2**63 - 1)] | Annotated[str, Meta(pattern=r"^\d{1,18}$")]
+Number = Annotated[int, Meta(ge=0, le=2**63 - 1)] | Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")]
 """An id, as a number or in digits."""
 
 
@@ -154,12 +154,14 @@ async def broadcast(api: Api, call: Call[SendQuery, Notice]) -> Answer:
 async def send_batch(api: Api, call: Call[SendQuery, list[BatchItem]]) -> Any:
     """Send up to 1,000 messages; one result each, in order."""
     # All are posted in this turn, in order: none of them waits before it is on its way.
-    results = await asyncio.gather(*(_send_item(api, call, item) for item in call.body))
+    results = await asyncio.gather(
+        *(_send_item(api, call, item, number) for number, item in enumerate(call.body))
+    )
     return {"results": results}
 
 
 async def _send_item(
-    api: Api, call: Call[SendQuery, list[BatchItem]], item: BatchItem
+    api: Api, call: Call[SendQuery, list[BatchItem]], item: BatchItem, number: int
 ) -> dict[str, Any]:
     try:
         group = _group_of(item)
@@ -168,7 +170,7 @@ async def _send_item(
         elif item.device_id is not UNSET:
             await _check_exists(api, "device", int(item.device_id))
         message = {"type": item.type, "message": item.message, "timestamp": wire.timestamp()}
-        return (await _send(api, call, group, message, item.id)).body
+        return (await _send(api, call, group, message, item.id, number)).body
     except Problem as problem:
         return {"http_status": problem.status.value, **problem.document()}
 
@@ -196,14 +198,18 @@ async def _send(
     group: str,
     message: dict[str, Any],
     key: str | UnsetType,
+    number: int | None = None,
 ) -> Answer:
     """Send, or answer as before where the caller repeats an idempotency key."""
     payload = _encode(api, message)
-    key = key if key is not UNSET else call.idempotency_key or UNSET
+    if key is not UNSET:
+        number = None  # the header is one for the whole batch, the id is of one send
+    elif call.idempotency_key is not None:
+        key = call.idempotency_key
     if key is UNSET:
         message_id = envelope.new_id(envelope.ASKED)
         return await _deliver(api, call.query, group, message, payload, message_id)
-    scoped = hashlib.sha256(orjson.dumps([call.caller.name, key])).hexdigest()[:32]
+    scoped = hashlib.sha256(orjson.dumps([call.caller.who, key, number])).hexdigest()[:32]
     same = {name: value for name, value in message.items() if name != "timestamp"}
     print_ = hashlib.sha256(group.encode() + b"\n" + orjson.dumps(same)).digest()
     return cast(

@@ -154,6 +154,10 @@ def read_cursor(text: str | None, of: str, start: list[Any]) -> list[Any]:
         kind, *place = orjson.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
     except (ValueError, TypeError, binascii.Error):
         raise problems.invalid("cursor", "not a cursor of this call") from None
-    if kind != of or [type(part) for part in place] != [type(part) for part in start]:
+    if (
+        kind != of
+        or [type(part) for part in place] != [type(part) for part in start]
+        or any(isinstance(part, int) and part >= 2**63 for part in place)
+    ):
         raise problems.invalid("cursor", "not a cursor of this call")
     return place
