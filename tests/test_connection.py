@@ -17,6 +17,7 @@ from websockets.frames import Frame, Opcode
 from wsgateway import config, connection, handlers
 from wsgateway.auth import Identity
 from wsgateway.connection import Connection
+from wsgateway.handshake import Visit
 from wsgateway.limits import Window
 from wsgateway.metrics import Metrics
 from wsgateway.session import Rules, Session
@@ -72,9 +73,9 @@ class OpenDoor:
     services: Any = None
     gateway: Any = None
 
-    def requested(self, device: Connection, request: Any) -> None:
+    def requested(self, device: Connection, visit: Visit) -> None:
         session = Session(RULES, Window(LIMITS.messages, 60), device)
-        device.open(device.core.accept(request), Identity(1, "", 1, 1, None, 1), session)
+        device.open(visit.answer, Identity(1, "", 1, 1, None, 1), session)
         device.listen()
 
     def arrived(self, device: Connection) -> None: ...
