@@ -99,6 +99,10 @@ class Phase(enum.Enum):
     CLOSED = "closed"
 
 
+HANDSHAKE, DECIDING, OPEN, CLOSING, CLOSED = Phase
+"""The phases by name: to look one up in its class costs as much as a small function."""
+
+
 class Door(Protocol):
     """What a connection needs from the one who let it in."""
 
@@ -157,7 +161,7 @@ class Connection(asyncio.Protocol):
         self._metrics = door.metrics
         self.id = f"{getrandbits(128):032x}"
         """Names this connection, over all instances."""
-        self.phase = Phase.HANDSHAKE
+        self.phase = HANDSHAKE
         self.address = ""
         self.identity: Identity | None = None
         self.heard_at = self.opened_at = monotonic()
@@ -216,30 +220,30 @@ class Connection(asyncio.Protocol):
 
     def push(self, data: bytes) -> bool:
         """Put whole frames on the way; False if the device is gone or too slow. Never waits."""
-        if self.phase is not Phase.OPEN or self._transport.is_closing():
+        if self.phase is not OPEN or self._transport.is_closing():
             return False  # a reset is known to the transport a turn before it is to us
         self._write(data)
-        return self.phase is Phase.OPEN
+        return self.phase is OPEN
 
     def respond(self, answer: bytes) -> None:
         """Answer the request with something else than a WebSocket, and end."""
-        if self.phase in (Phase.HANDSHAKE, Phase.DECIDING):
+        if self.phase in (HANDSHAKE, DECIDING):
             self._write(answer)
             self._start_closing()
             self._end_of_output()
 
     def accept(self, answer: bytes) -> None:
         """Complete the handshake of a client that is to be told why it is refused."""
-        if self.phase is Phase.DECIDING:
+        if self.phase is DECIDING:
             self._write(answer)
-            self.phase = Phase.OPEN
+            self.phase = OPEN
 
     def open(self, answer: bytes, identity: Identity, session: Session) -> None:
         """Complete the handshake, tell the device that it is connected, and begin to listen."""
         status = wire.connection_status(identity.user_id, identity.device_id)
         self.identity = identity
         self._session = session
-        self.phase = Phase.OPEN
+        self.phase = OPEN
         self.opened_at = monotonic()
         self._metrics.sent += 1
         self._write(answer + wire.text_frame(status))
@@ -247,7 +251,7 @@ class Connection(asyncio.Protocol):
     def listen(self) -> None:
         """Begin to read messages, those first that came before the answer."""
         early, self._early = self._early, b""
-        if self.phase is Phase.OPEN:
+        if self.phase is OPEN:
             if early:
                 self._read(early, monotonic())
             if not self._paused:
@@ -255,22 +259,22 @@ class Connection(asyncio.Protocol):
 
     def close(self, code: CloseCode, reason: str = "") -> None:
         """Start the close handshake. The door aborts a peer that does not finish it in time."""
-        if self.phase is Phase.OPEN and (self._core is None or self._core.state is State.OPEN):
+        if self.phase is OPEN and (self._core is None or self._core.state is State.OPEN):
             self._close_code = code
             self._wake_core().send_close(code, reason)
             self._start_closing()
 
     def abort(self, reason: str) -> None:
         """Cut the connection now: the only end that a stalled peer cannot delay."""
-        if self.phase is not Phase.CLOSED:
+        if self.phase is not CLOSED:
             self._metrics.aborted[reason] += 1
-            self.phase = Phase.CLOSED
+            self.phase = CLOSED
             self._transport.abort()
 
     def keepalive(self, allowed: int) -> bool:
         """Ping the device; False if it left ``allowed`` pings unanswered. Resets its budgets."""
         self._control_frames = 0
-        if self.phase is not Phase.OPEN or self._paused:
+        if self.phase is not OPEN or self._paused:
             return True  # closing has a deadline of its own; a paused peer could not be heard
         if self._silent_pings >= allowed:
             return False
@@ -288,7 +292,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_congested(self) -> bool:
-        return self._congested and self.phase is not Phase.CLOSED
+        return self._congested and self.phase is not CLOSED
 
     # What the transport calls.
 
@@ -304,22 +308,22 @@ class Connection(asyncio.Protocol):
         self._silent_pings = 0  # any bytes are a sign of life
         self.heard_at = now
         self._metrics.received_bytes += len(data)
-        if self._session is not None and self.phase is Phase.OPEN:
+        if self._session is not None and self.phase is OPEN:
             if self._paused:
                 assert self._held is not None
                 self._held.append(data)
             else:
                 self._read(data, now)
-        elif self.phase is Phase.HANDSHAKE:
+        elif self.phase is HANDSHAKE:
             self._read_handshake(data)
-        elif self.phase is Phase.DECIDING:
+        elif self.phase is DECIDING:
             self._early += data
             self._transport.pause_reading()
         else:
             self._read_rest(data)
 
     def eof_received(self) -> bool:
-        if self.phase is Phase.DECIDING:
+        if self.phase is DECIDING:
             self._transport.pause_reading()  # and read the end again once there is an answer
             return True
         return False
@@ -334,7 +338,7 @@ class Connection(asyncio.Protocol):
         self._congested = False
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        self.phase = Phase.CLOSED
+        self.phase = CLOSED
         if self._task is not None:
             self._task.cancel()
         self._door.lost(self)
@@ -349,7 +353,7 @@ class Connection(asyncio.Protocol):
             self._metrics.refused[asked.reason] += 1
             self.respond(asked.answer)
         elif asked is not None:
-            self.phase = Phase.DECIDING
+            self.phase = DECIDING
             self._early = self._request.rest
             self._request = None
             self._door.requested(self, asked)
@@ -377,7 +381,7 @@ class Connection(asyncio.Protocol):
                 assert self._held is not None
                 self._held.append(data[start:])
                 return
-            if self.phase is not Phase.OPEN:
+            if self.phase is not OPEN:
                 self._read_rest(data[start:])
                 return
             core.receive_data(data[start : start + CORE_SLICE])
@@ -421,7 +425,7 @@ class Connection(asyncio.Protocol):
             self._handle_text(apply_mask(data[start + 4 : stop], data[start : start + 4]), now)
             handled += 1
             late = handled % FRAMES_PER_LOOK == 0 and monotonic() - now > READ_SECONDS
-            if late or self._paused or self.phase is not Phase.OPEN:
+            if late or self._paused or self.phase is not OPEN:
                 break
         return position
 
@@ -435,7 +439,7 @@ class Connection(asyncio.Protocol):
             self.abort("flood")
             return
         for start in range(0, len(data), CORE_SLICE):
-            if self.phase is not Phase.CLOSING or self._transport.is_closing():
+            if self.phase is not CLOSING or self._transport.is_closing():
                 return
             core.receive_data(data[start : start + CORE_SLICE])
             core.events_received()
@@ -451,7 +455,7 @@ class Connection(asyncio.Protocol):
                 break
             self._handle_frame(cast(Frame, frame), now)
         self._flush()  # after the answers: pongs, and the close frame, which is the last
-        if core.state is State.CLOSING and self.phase is Phase.OPEN:
+        if core.state is State.CLOSING and self.phase is OPEN:
             sent = core.close_sent
             self._close_code = sent.code if sent else 0
             self._start_closing()
@@ -462,7 +466,7 @@ class Connection(asyncio.Protocol):
             self._control_frames += 1
             if self._control_frames > self._door.limits.control_frames:
                 self.close(CloseCode.RATE_LIMITED, "too many control frames")
-        elif opcode is Opcode.CLOSE or self.phase is not Phase.OPEN or self._session is None:
+        elif opcode is Opcode.CLOSE or self.phase is not OPEN or self._session is None:
             return
         elif opcode is TEXT and frame.fin:
             self._handle_text(bytes(frame.data), now)
@@ -495,13 +499,15 @@ class Connection(asyncio.Protocol):
         except wire.NotUtf8:
             self._fail(CloseCode.INVALID_UTF8, "invalid UTF-8")
             return
-        self._perform(action)
+        if type(action) is not bytes:
+            self._perform(action)
+        elif self.phase is OPEN:
+            self._metrics.sent += 1
+            self._write(wire.text_frame(action))
 
     def _perform(self, action: Action) -> None:
         if type(action) is bytes:
-            if self.phase is Phase.OPEN:
-                self._metrics.sent += 1
-                self._write(wire.text_frame(action))
+            self._send_text(action)
         elif type(action) is Wait:
             self._wait(action)
         elif type(action) is Stop:
@@ -528,7 +534,7 @@ class Connection(asyncio.Protocol):
     def _take_turn(self) -> None:
         """Go on with a read that took long, unless the handlers are behind as well."""
         behind = self._pending and len(self._pending) >= self._door.max_pending
-        if self._paused and self.phase is Phase.OPEN and not behind:
+        if self._paused and self.phase is OPEN and not behind:
             self._resume()
 
     async def work(self) -> None:
@@ -550,11 +556,11 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._silent_pings = 0  # nothing could be heard while reading was paused
         self._handle_held(held or deque(), monotonic())
-        if not self._paused and self.phase is Phase.OPEN:
+        if not self._paused and self.phase is OPEN:
             self._transport.resume_reading()
 
     def _handle_held(self, held: deque[bytes | Frame], now: float) -> None:
-        while held and self.phase is Phase.OPEN:
+        while held and self.phase is OPEN:
             if self._paused:
                 assert self._held is not None
                 self._held.extend(held)
@@ -600,7 +606,7 @@ class Connection(asyncio.Protocol):
     def _flush(self) -> None:
         """Write what the core wants to say."""
         for data in self._core.data_to_send() if self._core else ():
-            if self.phase is Phase.CLOSED or self._transport.is_closing():
+            if self.phase is CLOSED or self._transport.is_closing():
                 return
             if data:
                 self._write(data)
@@ -614,7 +620,7 @@ class Connection(asyncio.Protocol):
 
     def _start_closing(self) -> None:
         """Send the last words; whoever is still there after the deadline is aborted."""
-        self.phase = Phase.CLOSING
+        self.phase = CLOSING
         self._fragments = None
         if self._task is not None:
             self._task.cancel()
