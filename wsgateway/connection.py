@@ -395,7 +395,7 @@ class Connection(asyncio.Protocol):
         return self._core
 
     def _read_plain(self, data: bytes, now: float) -> int:
-        """The fast path: handle the complete plain text frames that a read starts with.
+        """The fast path: handle the complete plain text frames that a read starts with, or a pong.
 
         Plain is final, masked, without RSV bits, shorter than 64 KiB and under the cap, with no
         core that is in the middle of something (RFC 6455, sections 5.1 to 5.6, hold as the core
@@ -408,6 +408,9 @@ class Connection(asyncio.Protocol):
         if self._core is not None or not FAST_PATH:
             return 0
         position, end, cap, handled = 0, len(data), self._door.limits.message_bytes, 0
+        if end == 6 and data[0] == 0x8A and data[1] == 0x80:
+            self._count_control_frame()  # the answer to our ping, which comes alone
+            return end
         while end - position >= 6 and data[position] == 0x81:
             length = data[position + 1] - 0x80
             start = position + 2
@@ -463,9 +466,7 @@ class Connection(asyncio.Protocol):
     def _handle_frame(self, frame: Frame, now: float) -> None:
         opcode = frame.opcode
         if opcode in CONTROL:
-            self._control_frames += 1
-            if self._control_frames > self._door.limits.control_frames:
-                self.close(CloseCode.RATE_LIMITED, "too many control frames")
+            self._count_control_frame()
         elif opcode is Opcode.CLOSE or self.phase is not OPEN or self._session is None:
             return
         elif opcode is TEXT and frame.fin:
@@ -474,6 +475,11 @@ class Connection(asyncio.Protocol):
             self._perform(self._session.receive_binary(now))
         else:
             self._handle_fragment(frame, now)
+
+    def _count_control_frame(self) -> None:
+        self._control_frames += 1
+        if self._control_frames > self._door.limits.control_frames:
+            self.close(CloseCode.RATE_LIMITED, "too many control frames")
 
     def _handle_fragment(self, frame: Frame, now: float) -> None:
         if self._fragments is None:
