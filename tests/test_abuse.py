@@ -102,8 +102,9 @@ class Watch:
         for each in self._connections:
             if not each._transport.is_closing():
                 held = sum(len(item) for item in each._held or () if isinstance(item, bytes))
-                early = len(each._early or b"")
-                self.read = max(self.read, held + early + len(each.core.reader.buffer))
+                half = len(each._core.reader.buffer) if each._core else 0
+                request = len(each._request._read) if each._request else 0
+                self.read = max(self.read, held + request + len(each._early) + half)
                 self.unwritten = max(self.unwritten, each._transport.get_write_buffer_size())
 
     async def run(self) -> None:

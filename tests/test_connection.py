@@ -12,11 +12,12 @@ import orjson
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from websockets.frames import Frame, Opcode
+from websockets.frames import Frame, Opcode, apply_mask  # type: ignore[attr-defined]
 
 from wsgateway import config, connection, handlers
 from wsgateway.auth import Identity
 from wsgateway.connection import Connection
+from wsgateway.handshake import Visit
 from wsgateway.limits import Window
 from wsgateway.metrics import Metrics
 from wsgateway.session import Rules, Session
@@ -72,9 +73,9 @@ class OpenDoor:
     services: Any = None
     gateway: Any = None
 
-    def requested(self, device: Connection, request: Any) -> None:
+    def requested(self, device: Connection, visit: Visit) -> None:
         session = Session(RULES, Window(LIMITS.messages, 60), device)
-        device.open(device.core.accept(request), Identity(1, "", 1, 1, None, 1), session)
+        device.open(visit.answer, Identity(1, "", 1, 1, None, 1), session)
         device.listen()
 
     def arrived(self, device: Connection) -> None: ...
@@ -117,6 +118,9 @@ def answers(reads: Sequence[bytes]) -> tuple[list[bytes], list[bytes], bool]:
 def masked(opcode: Opcode, data: bytes, fin: bool = True) -> bytes:
     return Frame(opcode, data, fin).serialize(mask=True)
 
+
+PING = masked(Opcode.TEXT, b'{"type":"ping"}')
+PONG = masked(Opcode.PONG, b"")
 
 messages = st.sampled_from(
     [
@@ -174,6 +178,31 @@ def test_frames_that_come_with_the_request_are_answered() -> None:
     device.data_received(REQUEST + masked(Opcode.TEXT, b'{"type":"ping"}') + b"\x81")
     device.data_received(masked(Opcode.TEXT, b'{"type":"ping"}')[1:])
     assert bytes(wire.written).count(b'"pong"') == 2
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_a_frame_whose_rest_looks_like_a_frame_is_read_as_one(cut: int) -> None:
+    """Its mask and its payload begin as a plain frame does."""
+    mask = b"\x81\x80\x81\x80"
+    sent = b"\x81\x8f" + mask + apply_mask(b'{"type":"ping"}', mask)
+    device, wire = Connection(OpenDoor()), Wire()
+    device.connection_made(wire)
+    device.data_received(REQUEST)
+    device.data_received(sent[:cut])
+    device.data_received(sent[cut:] + sent)
+    assert bytes(wire.written).count(b'"pong"') == 2
+
+
+def test_a_device_has_a_core_only_while_it_needs_one() -> None:
+    device, wire = Connection(OpenDoor()), Wire()
+    device.connection_made(wire)
+    device.data_received(REQUEST)
+    for parts in ([PING], [PONG], [PING[:3], PING[3:]], [PING + PONG]):
+        for part in parts:
+            device.data_received(part)
+        assert device._core is None
+    device.data_received(masked(Opcode.TEXT, b"{", fin=False))
+    assert device._core is not None
 
 
 def test_the_answers_to_one_read_are_one_write() -> None:

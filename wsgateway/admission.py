@@ -12,8 +12,6 @@ from collections import Counter
 from http import HTTPStatus
 from time import monotonic
 
-from websockets.http11 import Request, Response
-
 from wsgateway import handshake
 from wsgateway.auth import Authenticator, Identity
 from wsgateway.config import Config
@@ -66,19 +64,17 @@ class Admission:
             reasons.append("database")
         return reasons
 
-    async def decide(self, connection: Connection, request: Request, refusal: str | None) -> None:
+    async def decide(self, connection: Connection, visit: Visit, refusal: str | None) -> None:
         """Answer a handshake request; ``refusal`` is why there is no room for it, if so.
 
         Cancelling is safe: the connection is then left to its deadline.
         """
-        visit = handshake.read(request)
         if visit.route is not Route.DEVICE:
-            connection.respond(self._plain(visit.route, request))
+            connection.respond(self._plain(visit))
             return
-        response = connection.core.accept(request)
-        if response.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
+        if not visit.valid:
             self._metrics.refused["bad_request"] += 1
-            connection.respond(response)
+            connection.respond(visit.answer)
             return
         try:
             if refusal:
@@ -88,14 +84,14 @@ class Admission:
                 identity.user_id, identity.device_id, self._config.redis.subscribe_timeout
             ):
                 if connection.phase is Phase.DECIDING:
-                    self._admit(connection, response, identity)
+                    self._admit(connection, visit.answer, identity)
         except Refused as error:
-            self._refuse(connection, response, visit, error)
+            self._refuse(connection, visit, error)
         except Exception:
             log.exception("connecting a device failed id=%s", connection.id)
             self._metrics.refused["internal"] += 1
             if visit.versioned:
-                connection.accept(response)
+                connection.accept(visit.answer)
                 connection.close(CloseCode.CONNECT_FAILED)
             else:
                 error_response = {"error": "internal"}
@@ -123,23 +119,23 @@ class Admission:
         limit = self._config.limits.connections_per_ip
         return bool(limit) and self._addresses[connection.address] > limit
 
-    def _plain(self, route: Route, request: Request) -> Response:
-        if route is Route.NOWHERE:
+    def _plain(self, visit: Visit) -> bytes:
+        if visit.route is Route.NOWHERE:
             self._metrics.refused["not_found"] += 1
             return handshake.json_response(HTTPStatus.NOT_FOUND, {"error": "not found"})
-        if request.method not in ("GET", "HEAD"):
-            response = handshake.json_response(HTTPStatus.METHOD_NOT_ALLOWED, {"error": "use GET"})
-            response.headers["Allow"] = "GET, HEAD"
-            return response
-        reasons = self.not_ready() if route is Route.READY else []
-        status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
-        document = {"status": "unavailable" if reasons else "ok"}
-        response = handshake.json_response(
-            status, document | ({"reasons": reasons} if route is Route.READY else {})
+        if visit.method not in ("GET", "HEAD"):
+            refusal = {"error": "use GET"}
+            return handshake.json_response(
+                HTTPStatus.METHOD_NOT_ALLOWED, refusal, "Allow: GET, HEAD"
+            )
+        ready = visit.route is Route.READY
+        reasons = self.not_ready() if ready else []
+        return handshake.json_response(
+            HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK,
+            {"status": "unavailable" if reasons else "ok"}
+            | ({"reasons": reasons} if ready else {}),
+            head=visit.method == "HEAD",
         )
-        if request.method == "HEAD":
-            response.body = b""
-        return response
 
     async def _identify(self, visit: Visit) -> Identity:
         """Whom the request comes from. Raises Refused."""
@@ -157,7 +153,7 @@ class Admission:
                 raise Refused("path_id")
         return identity
 
-    def _admit(self, connection: Connection, response: Response, identity: Identity) -> None:
+    def _admit(self, connection: Connection, answer: bytes, identity: Identity) -> None:
         limits, now = self._config.limits, monotonic()
         group = user_group(identity.user_id)
         replaced = self._replaced(identity) if limits.duplicate == "newest" else []
@@ -173,7 +169,7 @@ class Admission:
         if identity.device_id is None:
             log.warning("device has no id: user has no primary device user=%s", identity.user_id)
         session = Session(self._rules, window, connection)
-        connection.open(response, identity, session)
+        connection.open(answer, identity, session)
         if connection.phase is Phase.OPEN:
             self._gateway.join(connection, identity.user_id, identity.device_id)
             self._metrics.opened += 1
@@ -191,9 +187,7 @@ class Admission:
             if isinstance(member, Connection) and _same(member.identity, identity)
         ]
 
-    def _refuse(
-        self, connection: Connection, response: Response, visit: Visit, error: Refused
-    ) -> None:
+    def _refuse(self, connection: Connection, visit: Visit, error: Refused) -> None:
         self._metrics.refused[error.reason] += 1
         log.warning(
             "device refused reason=%s address=%s id=%s",
@@ -202,7 +196,7 @@ class Admission:
         if error.retry_after is not None:
             connection.respond(handshake.unavailable(error.retry_after))
         elif error.reason != "origin" and (visit.versioned or self._config.auth.refuse == "close"):
-            connection.accept(response)
+            connection.accept(visit.answer)
             connection.close(CloseCode.TOKEN_ENDED)
         else:
             connection.respond(handshake.unauthorized())

@@ -36,8 +36,8 @@ RETRY_AFTER: Final = 2
 """Seconds that a client refused for the gateway's own trouble is asked to wait."""
 
 GATHER_SECONDS: Final = 0.005
-"""How long the first look-up waits for others: to ask the database's thread costs about as much as
-ten look-ups do."""
+"""How long look-ups that do not fill a query wait for others: to ask the database's thread costs
+about as much as ten look-ups do."""
 
 MAX_CALLERS: Final = 1000
 """Keys of the HTTP API remembered, for ``cache_ttl``."""
@@ -266,8 +266,9 @@ class Authenticator:
         while True:
             await self._arrived.wait()
             self._arrived.clear()
-            await asyncio.sleep(GATHER_SECONDS)
             while self._waiting:
+                if len(self._waiting) < BATCH:
+                    await asyncio.sleep(GATHER_SECONDS)
                 batch = [hash_ for hash_, _ in zip(self._waiting, range(BATCH), strict=False)]
                 try:
                     if self._store is None:

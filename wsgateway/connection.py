@@ -4,9 +4,10 @@ Only this module turns bytes into messages and back. It knows neither Redis nor 
 connect: the door decides that, the session decides what a message means.
 
 The common frame takes a fast path (see `_read_plain`); everything else goes through the core,
-`websockets.server.ServerProtocol`, which also answers pings and closes. The library's own asyncio
-layer is not used because a peer that stops reading stops it from closing, from pinging and from
-bounding what waits to be sent; here every wait has a deadline that ends in `transport.abort()`.
+`websockets.protocol.Protocol`, which also answers pings and closes. A connection has a core only
+while it needs one: nearly all devices never do. The library's own asyncio layer is not used
+because a peer that stops reading stops it from closing, from pinging and from bounding what waits
+to be sent; here every wait has a deadline that ends in `transport.abort()`.
 Longer than 400 lines because a connection's phases share its state.
 """
 
@@ -17,18 +18,19 @@ import enum
 import logging
 from collections import deque
 from collections.abc import Mapping
+from random import getrandbits
 from time import monotonic
 from typing import Any, Protocol, cast
 
 from websockets.frames import Frame, Opcode, apply_mask  # type: ignore[attr-defined]
-from websockets.http11 import Request, Response
-from websockets.protocol import SEND_EOF, State
-from websockets.server import ServerProtocol
+from websockets.protocol import SEND_EOF, Side, State
+from websockets.protocol import Protocol as Core
 
-from wsgateway import wire
+from wsgateway import handshake, wire
 from wsgateway.auth import Identity
 from wsgateway.config import Limits
 from wsgateway.handlers import Reach
+from wsgateway.handshake import Malformed, Reader, Visit
 from wsgateway.metrics import Metrics
 from wsgateway.providers import Services
 from wsgateway.session import Action, Session, Stop, Wait
@@ -52,19 +54,35 @@ READ_SECONDS = 0.02
 PAUSE_AT = 16_384
 """Bytes waiting in the transport above which a connection counts as congested and is watched."""
 
-CORE_LOG = logging.getLogger("websockets.server")
-CORE_LOG.setLevel(logging.WARNING)  # below, the core logs the request line, with the token
-
 TEXT, BINARY, CONT = Opcode.TEXT, Opcode.BINARY, Opcode.CONT
 CONTROL = frozenset({Opcode.PING, Opcode.PONG})
 
 
+def _new_core(max_size: int) -> Core:
+    return Core(Side.SERVER, state=State.OPEN, max_size=max_size, logger=handshake.CORE_LOG)
+
+
+def _at_rest(core: Core) -> bool:
+    """Whether an open core is between two messages: without it nothing would be lost.
+
+    Its buffer does not say so, which is empty also after the first bytes of a frame were taken.
+    """
+    parser: Any = core.parser
+    waits_for_a_frame = parser.gi_yieldfrom.__name__ == "at_eof"
+    return core.state is State.OPEN and core.current_size is None and waits_for_a_frame
+
+
 def _core_is_known() -> bool:
-    """Whether the undocumented attributes that the fast path reads are there."""
-    core = ServerProtocol(logger=CORE_LOG)
-    reader = getattr(core, "reader", None)
-    known = isinstance(getattr(reader, "buffer", None), bytearray) and core.extensions == []
-    return known and getattr(core, "current_size", 0) is None
+    """Whether the undocumented attributes that `_at_rest` reads are there and mean what they did."""
+    core = _new_core(100)
+    rests = []
+    try:
+        for part in (b"", b"\x81", b"\x81", b"abcd", b"e", b"\x01\x80abcd", b"\x80\x80", b"abcd"):
+            core.receive_data(part)
+            rests.append(_at_rest(core))
+    except AttributeError:
+        return False
+    return rests == [True, False, False, False, True, False, False, True]
 
 
 FAST_PATH = _core_is_known()
@@ -81,6 +99,10 @@ class Phase(enum.Enum):
     CLOSED = "closed"
 
 
+HANDSHAKE, DECIDING, OPEN, CLOSING, CLOSED = Phase
+"""The phases by name: to look one up in its class costs as much as a small function."""
+
+
 class Door(Protocol):
     """What a connection needs from the one who let it in."""
 
@@ -92,7 +114,7 @@ class Door(Protocol):
     @property
     def gateway(self) -> Reach: ...
     def arrived(self, connection: Connection) -> None: ...
-    def requested(self, connection: Connection, request: Request) -> None: ...
+    def requested(self, connection: Connection, visit: Visit) -> None: ...
     def congested(self, connection: Connection) -> None: ...
     def closing(self, connection: Connection) -> None: ...
     def lost(self, connection: Connection) -> None: ...
@@ -107,6 +129,7 @@ class Connection(asyncio.Protocol):
         "_closing_bytes",
         "_congested",
         "_control_frames",
+        "_core",
         "_corked",
         "_door",
         "_drained",
@@ -117,14 +140,15 @@ class Connection(asyncio.Protocol):
         "_paused",
         "_pending",
         "_progress_at",
+        "_request",
         "_session",
         "_silent_pings",
         "_task",
         "_transport",
         "_written",
         "address",
-        "core",
         "heard_at",
+        "id",
         "identity",
         "messages",
         "opened_at",
@@ -135,19 +159,18 @@ class Connection(asyncio.Protocol):
     def __init__(self, door: Door) -> None:
         self._door = door
         self._metrics = door.metrics
-        self.core = ServerProtocol(
-            max_size=door.limits.message_bytes,
-            select_subprotocol=_select_subprotocol,
-            logger=CORE_LOG,
-        )
-        self.phase = Phase.HANDSHAKE
+        self.id = f"{getrandbits(128):032x}"
+        """Names this connection, over all instances."""
+        self.phase = HANDSHAKE
         self.address = ""
         self.identity: Identity | None = None
         self.heard_at = self.opened_at = monotonic()
         self.messages = 0
         self.wheel_slot = 0
         self._session: Session | None = None
-        self._early: bytearray | None = bytearray()
+        self._core: Core | None = None
+        self._request: Reader | None = Reader(door.limits.handshake_bytes)
+        self._early = b""
         self._held: deque[bytes | Frame] | None = None
         self._paused = False
         self._fragments: list[bytes] | None = None
@@ -162,11 +185,6 @@ class Connection(asyncio.Protocol):
         self._close_code = 0
 
     # What the door and the handlers see.
-
-    @property
-    def id(self) -> str:
-        """Names this connection, over all instances."""
-        return self.core.id.hex
 
     @property
     def user_id(self) -> int:
@@ -207,64 +225,61 @@ class Connection(asyncio.Protocol):
 
     def push(self, data: bytes) -> bool:
         """Put whole frames on the way; False if the device is gone or too slow. Never waits."""
-        if self.phase is not Phase.OPEN or self._transport.is_closing():
+        if self.phase is not OPEN or self._transport.is_closing():
             return False  # a reset is known to the transport a turn before it is to us
         self._write(data)
-        return self.phase is Phase.OPEN
+        return self.phase is OPEN
 
-    def respond(self, response: Response) -> None:
+    def respond(self, answer: bytes) -> None:
         """Answer the request with something else than a WebSocket, and end."""
-        if self.phase is not Phase.DECIDING:
-            return
-        self.core.send_response(response)
-        self._start_closing()
+        if self.phase in (HANDSHAKE, DECIDING):
+            self._write(answer)
+            self._start_closing()
+            self._end_of_output()
 
-    def accept(self, response: Response) -> None:
+    def accept(self, answer: bytes) -> None:
         """Complete the handshake of a client that is to be told why it is refused."""
-        if self.phase is Phase.DECIDING:
-            self.core.send_response(response)
-            self.phase = Phase.OPEN
-            self._flush()
+        if self.phase is DECIDING:
+            self._write(answer)
+            self.phase = OPEN
 
-    def open(self, response: Response, identity: Identity, session: Session) -> None:
+    def open(self, answer: bytes, identity: Identity, session: Session) -> None:
         """Complete the handshake, tell the device that it is connected, and begin to listen."""
-        self.core.send_response(response)
-        handshake = b"".join(self.core.data_to_send())
         status = wire.connection_status(identity.user_id, identity.device_id)
         self.identity = identity
         self._session = session
-        self.phase = Phase.OPEN
+        self.phase = OPEN
         self.opened_at = monotonic()
         self._metrics.sent += 1
-        self._write(handshake + wire.text_frame(status))
+        self._write(answer + wire.text_frame(status))
 
     def listen(self) -> None:
         """Begin to read messages, those first that came before the answer."""
-        early, self._early = self._early, None
-        if self.phase is Phase.OPEN:
+        early, self._early = self._early, b""
+        if self.phase is OPEN:
             if early:
-                self._read(bytes(early), monotonic())
+                self._read(early, monotonic())
             if not self._paused:
                 self._transport.resume_reading()
 
     def close(self, code: CloseCode, reason: str = "") -> None:
         """Start the close handshake. The door aborts a peer that does not finish it in time."""
-        if self.phase is Phase.OPEN and self.core.state is State.OPEN:
+        if self.phase is OPEN and (self._core is None or self._core.state is State.OPEN):
             self._close_code = code
-            self.core.send_close(code, reason)
+            self._wake_core().send_close(code, reason)
             self._start_closing()
 
     def abort(self, reason: str) -> None:
         """Cut the connection now: the only end that a stalled peer cannot delay."""
-        if self.phase is not Phase.CLOSED:
+        if self.phase is not CLOSED:
             self._metrics.aborted[reason] += 1
-            self.phase = Phase.CLOSED
+            self.phase = CLOSED
             self._transport.abort()
 
     def keepalive(self, allowed: int) -> bool:
         """Ping the device; False if it left ``allowed`` pings unanswered. Resets its budgets."""
         self._control_frames = 0
-        if self.phase is not Phase.OPEN or self._paused:
+        if self.phase is not OPEN or self._paused:
             return True  # closing has a deadline of its own; a paused peer could not be heard
         if self._silent_pings >= allowed:
             return False
@@ -282,7 +297,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_congested(self) -> bool:
-        return self._congested and self.phase is not Phase.CLOSED
+        return self._congested and self.phase is not CLOSED
 
     # What the transport calls.
 
@@ -298,23 +313,24 @@ class Connection(asyncio.Protocol):
         self._silent_pings = 0  # any bytes are a sign of life
         self.heard_at = now
         self._metrics.received_bytes += len(data)
-        if self._session is not None and self.phase is Phase.OPEN:
+        if self._session is not None and self.phase is OPEN:
             if self._paused:
                 assert self._held is not None
                 self._held.append(data)
             else:
                 self._read(data, now)
-        elif self.phase is Phase.HANDSHAKE:
+        elif self.phase is HANDSHAKE:
             self._read_handshake(data)
-        elif self.phase is Phase.DECIDING:
-            assert self._early is not None
-            self._early += data  # reading is paused: at most what was read with the request
+        elif self.phase is DECIDING:
+            self._early += data
+            self._transport.pause_reading()
         else:
             self._read_rest(data)
 
     def eof_received(self) -> bool:
-        self.core.receive_eof()
-        self._flush()
+        if self.phase is DECIDING:
+            self._transport.pause_reading()  # and read the end again once there is an answer
+            return True
         return False
 
     def pause_writing(self) -> None:
@@ -327,49 +343,25 @@ class Connection(asyncio.Protocol):
         self._congested = False
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        self.phase = Phase.CLOSED
+        self.phase = CLOSED
         if self._task is not None:
             self._task.cancel()
         self._door.lost(self)
-        self._session = self._pending = self._held = self._early = None
+        self._session = self._pending = self._held = self._core = self._request = None
 
     # Reading.
 
     def _read_handshake(self, data: bytes) -> None:
-        early = self._early
-        assert early is not None
-        before = len(early)
-        early += data
-        end = early.find(b"\r\n\r\n", max(0, before - 3)) + 4
-        complete = end >= 4
-        if (end if complete else len(early)) > self._door.limits.handshake_bytes:
-            self._metrics.refused["too_large"] += 1
-            self._answer_plainly(b"431 Request Header Fields Too Large")
-            return
-        # Frames may follow the request in the same read: the core must not see them before it is
-        # told the answer, or it would parse them without the extensions that the answer agrees on.
-        self.core.receive_data(bytes(early[before : end if complete else None]))
-        events = self.core.events_received()
-        if events:
-            self.phase = Phase.DECIDING
-            self._transport.pause_reading()
-            del early[:end]
-            self._door.requested(self, cast(Request, events[0]))
-        elif self.core.handshake_exc is not None:
-            self._metrics.refused["bad_request"] += 1
-            writes = self.core.data_to_send()
-            if any(writes):
-                self._transport.write(b"".join(writes))
-                self._end_of_output()
-            else:
-                self._answer_plainly(b"400 Bad Request")
-
-    def _answer_plainly(self, status: bytes) -> None:
-        """Answer a request that the core could not read."""
-        self._transport.write(
-            b"HTTP/1.1 " + status + b"\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-        )
-        self._end_of_output()
+        assert self._request is not None
+        asked = self._request.feed(data)
+        if isinstance(asked, Malformed):
+            self._metrics.refused[asked.reason] += 1
+            self.respond(asked.answer)
+        elif asked is not None:
+            self.phase = DECIDING
+            self._early = self._request.rest
+            self._request = None
+            self._door.requested(self, asked)
 
     def _read(self, data: bytes, now: float) -> None:
         """Handle what was read while OPEN, and answer all of it with one write.
@@ -385,6 +377,7 @@ class Connection(asyncio.Protocol):
     def _read_through_core(self, data: bytes, position: int, now: float) -> None:
         if self._corked is None:
             self._corked = []
+        core = self._wake_core()
         for start in range(position, len(data), CORE_SLICE):
             if not self._paused and monotonic() - now > READ_SECONDS:
                 self._pause()
@@ -393,27 +386,36 @@ class Connection(asyncio.Protocol):
                 assert self._held is not None
                 self._held.append(data[start:])
                 return
-            if self.phase is not Phase.OPEN:
+            if self.phase is not OPEN:
                 self._read_rest(data[start:])
                 return
-            self.core.receive_data(data[start : start + CORE_SLICE])
-            self._handle_frames(now)
+            core.receive_data(data[start : start + CORE_SLICE])
+            self._handle_frames(core, now)
+        if FAST_PATH and _at_rest(core):
+            self._core = None
+
+    def _wake_core(self) -> Core:
+        if self._core is None:
+            self._core = _new_core(self._door.limits.message_bytes)
+        return self._core
 
     def _read_plain(self, data: bytes, now: float) -> int:
-        """The fast path: handle the complete plain text frames that a read starts with.
+        """The fast path: handle the complete plain text frames that a read starts with, or a pong.
 
-        Plain is final, masked, without RSV bits, shorter than 64 KiB and under the cap, with
-        nothing half-read in the core, no fragmented message open and no extension negotiated
-        (RFC 6455, sections 5.1 to 5.6, hold as the core would have done the same).
+        Plain is final, masked, without RSV bits, shorter than 64 KiB and under the cap, with no
+        core that is in the middle of something (RFC 6455, sections 5.1 to 5.6, hold as the core
+        would have done the same).
 
         Returns:
             The position of the first byte that is not handled.
 
         """
-        core = self.core
-        if not FAST_PATH or core.reader.buffer or core.current_size is not None or core.extensions:
+        if self._core is not None or not FAST_PATH:
             return 0
         position, end, cap, handled = 0, len(data), self._door.limits.message_bytes, 0
+        if end == 6 and data[0] == 0x8A and data[1] == 0x80:
+            self._count_control_frame()  # the answer to our ping, which comes alone
+            return end
         while end - position >= 6 and data[position] == 0x81:
             length = data[position + 1] - 0x80
             start = position + 2
@@ -431,28 +433,29 @@ class Connection(asyncio.Protocol):
             self._handle_text(apply_mask(data[start + 4 : stop], data[start : start + 4]), now)
             handled += 1
             late = handled % FRAMES_PER_LOOK == 0 and monotonic() - now > READ_SECONDS
-            if late or self._paused or self.phase is not Phase.OPEN:
+            if late or self._paused or self.phase is not OPEN:
                 break
         return position
 
     def _read_rest(self, data: bytes) -> None:
         """After our close frame, look for the peer's only, and not for long."""
-        if self.core.state is State.CONNECTING:
+        core = self._core
+        if core is None:
             return  # the request was refused; what follows it is nobody's
         self._closing_bytes += len(data)
         if self._closing_bytes > CLOSING_BYTES:
             self.abort("flood")
             return
         for start in range(0, len(data), CORE_SLICE):
-            if self.phase is not Phase.CLOSING or self._transport.is_closing():
+            if self.phase is not CLOSING or self._transport.is_closing():
                 return
-            self.core.receive_data(data[start : start + CORE_SLICE])
-            self.core.events_received()
-            if SEND_EOF in self.core.data_to_send():  # pongs are not for who was told to go
+            core.receive_data(data[start : start + CORE_SLICE])
+            core.events_received()
+            if SEND_EOF in core.data_to_send():  # pongs are not for who was told to go
                 self._end_of_output()
 
-    def _handle_frames(self, now: float) -> None:
-        frames = self.core.events_received()
+    def _handle_frames(self, core: Core, now: float) -> None:
+        frames = core.events_received()
         for index, frame in enumerate(frames):
             if self._paused:
                 assert self._held is not None
@@ -460,18 +463,16 @@ class Connection(asyncio.Protocol):
                 break
             self._handle_frame(cast(Frame, frame), now)
         self._flush()  # after the answers: pongs, and the close frame, which is the last
-        if self.core.state is State.CLOSING and self.phase is Phase.OPEN:
-            sent = self.core.close_sent
+        if core.state is State.CLOSING and self.phase is OPEN:
+            sent = core.close_sent
             self._close_code = sent.code if sent else 0
             self._start_closing()
 
     def _handle_frame(self, frame: Frame, now: float) -> None:
         opcode = frame.opcode
         if opcode in CONTROL:
-            self._control_frames += 1
-            if self._control_frames > self._door.limits.control_frames:
-                self.close(CloseCode.RATE_LIMITED, "too many control frames")
-        elif opcode is Opcode.CLOSE or self.phase is not Phase.OPEN or self._session is None:
+            self._count_control_frame()
+        elif opcode is Opcode.CLOSE or self.phase is not OPEN or self._session is None:
             return
         elif opcode is TEXT and frame.fin:
             self._handle_text(bytes(frame.data), now)
@@ -479,6 +480,11 @@ class Connection(asyncio.Protocol):
             self._perform(self._session.receive_binary(now))
         else:
             self._handle_fragment(frame, now)
+
+    def _count_control_frame(self) -> None:
+        self._control_frames += 1
+        if self._control_frames > self._door.limits.control_frames:
+            self.close(CloseCode.RATE_LIMITED, "too many control frames")
 
     def _handle_fragment(self, frame: Frame, now: float) -> None:
         if self._fragments is None:
@@ -504,13 +510,15 @@ class Connection(asyncio.Protocol):
         except wire.NotUtf8:
             self._fail(CloseCode.INVALID_UTF8, "invalid UTF-8")
             return
-        self._perform(action)
+        if type(action) is not bytes:
+            self._perform(action)
+        elif self.phase is OPEN:
+            self._metrics.sent += 1
+            self._write(wire.text_frame(action))
 
     def _perform(self, action: Action) -> None:
         if type(action) is bytes:
-            if self.phase is Phase.OPEN:
-                self._metrics.sent += 1
-                self._write(wire.text_frame(action))
+            self._send_text(action)
         elif type(action) is Wait:
             self._wait(action)
         elif type(action) is Stop:
@@ -537,7 +545,7 @@ class Connection(asyncio.Protocol):
     def _take_turn(self) -> None:
         """Go on with a read that took long, unless the handlers are behind as well."""
         behind = self._pending and len(self._pending) >= self._door.max_pending
-        if self._paused and self.phase is Phase.OPEN and not behind:
+        if self._paused and self.phase is OPEN and not behind:
             self._resume()
 
     async def work(self) -> None:
@@ -559,11 +567,11 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._silent_pings = 0  # nothing could be heard while reading was paused
         self._handle_held(held or deque(), monotonic())
-        if not self._paused and self.phase is Phase.OPEN:
+        if not self._paused and self.phase is OPEN:
             self._transport.resume_reading()
 
     def _handle_held(self, held: deque[bytes | Frame], now: float) -> None:
-        while held and self.phase is Phase.OPEN:
+        while held and self.phase is OPEN:
             if self._paused:
                 assert self._held is not None
                 self._held.extend(held)
@@ -608,8 +616,8 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         """Write what the core wants to say."""
-        for data in self.core.data_to_send():
-            if self.phase is Phase.CLOSED or self._transport.is_closing():
+        for data in self._core.data_to_send() if self._core else ():
+            if self.phase is CLOSED or self._transport.is_closing():
                 return
             if data:
                 self._write(data)
@@ -618,12 +626,12 @@ class Connection(asyncio.Protocol):
 
     def _fail(self, code: CloseCode, reason: str) -> None:
         self._close_code = code
-        self.core.fail(code, reason)
+        self._wake_core().fail(code, reason)
         self._start_closing()
 
     def _start_closing(self) -> None:
         """Send the last words; whoever is still there after the deadline is aborted."""
-        self.phase = Phase.CLOSING
+        self.phase = CLOSING
         self._fragments = None
         if self._task is not None:
             self._task.cancel()
@@ -636,16 +644,10 @@ class Connection(asyncio.Protocol):
     def _end_of_output(self) -> None:
         """Close, or half-close while the peer may still be sending: a full close with unread input
         would make the kernel reset the connection and take back what was just written."""
-        if self.phase is Phase.HANDSHAKE:
-            self.phase = Phase.CLOSING
-            self._door.closing(self)
         self._uncork()
-        if self.core.close_rcvd is None and self._transport.can_write_eof():
+        if self._transport.is_closing():
+            return
+        if (self._core is None or not self._core.close_rcvd) and self._transport.can_write_eof():
             self._transport.write_eof()
         else:
             self._transport.close()
-
-
-def _select_subprotocol(_: ServerProtocol, offered: Any) -> Any:
-    """`wsgateway.v1` or none at all: never the token that travels in the same list."""
-    return wire.SUBPROTOCOL if wire.SUBPROTOCOL in offered else None

@@ -17,8 +17,6 @@ import time
 from collections.abc import AsyncIterator
 from time import monotonic
 
-from websockets.http11 import Request
-
 from wsgateway import background
 from wsgateway.admission import Admission
 from wsgateway.auth import Authenticator, Identity
@@ -26,6 +24,7 @@ from wsgateway.config import Config
 from wsgateway.connection import Connection, Phase
 from wsgateway.errors import StartError, StoreError
 from wsgateway.gateway import Gateway
+from wsgateway.handshake import Visit
 from wsgateway.metrics import Metrics
 from wsgateway.providers import Services
 from wsgateway.wire import CloseCode
@@ -143,7 +142,7 @@ class Listener:
             self.metrics.refused["descriptors"] += 1
             connection.abort("descriptors")
 
-    def requested(self, connection: Connection, request: Request) -> None:
+    def requested(self, connection: Connection, visit: Visit) -> None:
         """A connection's request is complete."""
         refusal = None
         if self._admission.draining:
@@ -154,7 +153,7 @@ class Listener:
             refusal = "handshakes"
         elif self._admission.crowded(connection):
             refusal = "address_full"
-        self._keep(asyncio.create_task(self._decide(connection, request, refusal)))
+        self._keep(asyncio.create_task(self._decide(connection, visit, refusal)))
 
     def congested(self, connection: Connection) -> None:
         """A connection's peer reads more slowly than is written."""
@@ -190,8 +189,8 @@ class Listener:
 
     # What is due.
 
-    async def _decide(self, connection: Connection, request: Request, refusal: str | None) -> None:
-        await self._admission.decide(connection, request, refusal)
+    async def _decide(self, connection: Connection, visit: Visit, refusal: str | None) -> None:
+        await self._admission.decide(connection, visit, refusal)
         if connection.phase is Phase.OPEN:
             self._handshakes.pop(connection, None)
             self._wheel[connection.wheel_slot].add(connection)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import lru_cache
 from logging.handlers import QueueHandler, QueueListener
 
 import orjson
@@ -68,9 +69,9 @@ class RepeatFilter(logging.Filter):
         self._kinds: OrderedDict[object, list[float]] = OrderedDict()  # [tokens, at, left out]
 
     def filter(self, record: logging.LogRecord) -> bool:
-        args = record.args if isinstance(record.args, tuple) else ()
-        keyed = args and any(key in str(record.msg) for key in KEYS)
-        kind = (record.name, str(record.msg), args[0] if keyed else None)
+        template, args = str(record.msg), record.args
+        key = args[0] if isinstance(args, tuple) and args and _has_key(template) else None
+        kind = (record.name, template, key)
         now = time.monotonic()
         state = self._kinds.get(kind)
         if state is None:
@@ -89,6 +90,11 @@ class RepeatFilter(logging.Filter):
             record.msg = f"{record.msg} (and {int(state[2])} more like this)"
             state[2] = 0.0
         return True
+
+
+@lru_cache(maxsize=MAX_KINDS)
+def _has_key(template: str) -> bool:
+    return any(key in template for key in KEYS)
 
 
 class TextFormatter(logging.Formatter):

@@ -24,6 +24,8 @@ MAX_DEPTH: Final = 32
 MAX_TYPE_ECHO: Final = 64
 """Characters of an unknown type that are repeated to its sender."""
 
+_SHORT_HEADERS: Final = tuple(bytes((0x81, length)) for length in range(126))
+
 PING_FRAME: Final = b"\x89\x00"
 """An unmasked, empty ping (RFC 6455, section 5.5.2): the same bytes for everybody."""
 
@@ -103,7 +105,7 @@ def text_frame(payload: bytes) -> bytes:
     """An unmasked, final text frame (RFC 6455, section 5.2): the same bytes for every receiver."""
     length = len(payload)
     if length < 126:
-        return bytes((0x81, length)) + payload
+        return _SHORT_HEADERS[length] + payload
     if length < 65536:
         return b"\x81\x7e" + length.to_bytes(2, "big") + payload
     return b"\x81\x7f" + length.to_bytes(8, "big") + payload
@@ -158,7 +160,11 @@ def parse(payload: bytes) -> tuple[str, Any]:
             raise NotUtf8 from None
         raise WireError(ErrorCode.INVALID_JSON, "Invalid JSON format") from None
     # Counting brackets is far cheaper than walking, and nearly every message ends here.
-    if payload.count(b"{") + payload.count(b"[") > MAX_DEPTH and _deeper_than(document, MAX_DEPTH):
+    if (
+        len(payload) > 2 * MAX_DEPTH  # each level opens and closes
+        and payload.count(b"{") + payload.count(b"[") > MAX_DEPTH
+        and _deeper_than(document, MAX_DEPTH)
+    ):
         raise WireError(ErrorCode.INVALID_JSON, "Invalid JSON format")
     if type(document) is not dict:
         raise invalid({"_schema": ["Invalid input type."]})
