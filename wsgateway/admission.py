@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from http import HTTPStatus
 from time import monotonic
+from typing import Any
 
 from wsgateway import handshake
 from wsgateway.auth import Authenticator, Identity
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER = (1, 5)
 """Seconds, drawn anew for each refusal, so that a refused crowd does not come back as one."""
+
+DEAF_SECONDS = 10.0
+"""How long the mirror's probe may stay away before readiness tells of it."""
 
 MISMATCHES_REMEMBERED = 1000
 """Users whose wrong path was logged; beyond, mismatches are only counted."""
@@ -55,14 +59,24 @@ class Admission:
         self._mismatched: set[int] = set()
         self.draining = False
 
-    def not_ready(self) -> list[str]:
-        """Why no device could come in now; empty if one could."""
-        reasons = []
-        if self.draining:
-            reasons.append("draining")
-        if not self._authenticator.usable:
-            reasons.append("database")
-        return reasons
+    def readiness(self) -> dict[str, Any]:
+        """``{"status": "ok" | "degraded" | "unavailable", "reasons": [...]}``.
+
+        Unavailable means that no device could come in now, or that another instance should be
+        preferred; degraded, that what it sends does not reach other instances.
+        """
+        is_deaf = self._gateway.mirror_silence > DEAF_SECONDS
+        reasons = {
+            "draining": self.draining,
+            "database": not self._authenticator.usable,
+            "redis": is_deaf and self._config.redis.required,
+        }
+        unavailable = [reason for reason, holds in reasons.items() if holds]
+        if unavailable:
+            return {"status": "unavailable", "reasons": unavailable}
+        if is_deaf:
+            return {"status": "degraded", "reasons": ["redis"]}
+        return {"status": "ok", "reasons": []}
 
     async def decide(self, connection: Connection, visit: Visit, refusal: str | None) -> None:
         """Answer a handshake request; ``refusal`` is why there is no room for it, if so.
@@ -128,12 +142,11 @@ class Admission:
             return handshake.json_response(
                 HTTPStatus.METHOD_NOT_ALLOWED, refusal, "Allow: GET, HEAD"
             )
-        ready = visit.route is Route.READY
-        reasons = self.not_ready() if ready else []
+        document = self.readiness() if visit.route is Route.READY else {"status": "ok"}
+        unavailable = document["status"] == "unavailable"
         return handshake.json_response(
-            HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK,
-            {"status": "unavailable" if reasons else "ok"}
-            | ({"reasons": reasons} if ready else {}),
+            HTTPStatus.SERVICE_UNAVAILABLE if unavailable else HTTPStatus.OK,
+            document,
             head=visit.method == "HEAD",
         )
 

@@ -298,6 +298,13 @@ class Redis(Section, frozen=True):
             secret=True,
         ),
     ] = ""
+    required: Annotated[
+        bool,
+        doc(
+            "Whether /readyz answers 503 while the mirror is deaf; else it says 'degraded', as devices "
+            "and local messages are served all the same."
+        ),
+    ] = False
     prefix: Annotated[
         Name, doc("Begins every key and channel, so that two deployments may share a Redis.")
     ] = "wsgateway:"

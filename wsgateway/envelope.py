@@ -46,7 +46,8 @@ class Fate(enum.Enum):
     """What became of what was sent to Redis."""
 
     TAKEN = "taken"  # Redis answered
-    NOT_SENT = "not_sent"  # Redis never saw it, or refused it
+    NOT_SENT = "not_sent"  # Redis never saw it
+    REFUSED = "refused"  # Redis said no
     UNKNOWN = "unknown"  # sent, and no answer came
 
 

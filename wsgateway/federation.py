@@ -17,7 +17,7 @@ from wsgateway.config import Config
 from wsgateway.ingest import Ingest
 from wsgateway.link import Pipeline, Redis
 from wsgateway.metrics import Metrics
-from wsgateway.mirror import Mirror
+from wsgateway.mirror import SETTLE_SECONDS, Mirror
 from wsgateway.presence import Presence
 from wsgateway.roster import Roster
 from wsgateway.sends import Sends
@@ -76,6 +76,7 @@ class Federation:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.redis.timeout):
                     await self.mirror.first_up.wait()
+                    await asyncio.sleep(SETTLE_SECONDS)  # the others were asked to say hello
             ingest = None
             if self._config.queue.enabled:
                 popper = Pipeline(self._redis, "queue", self._config.redis.publish_bytes)

@@ -50,6 +50,16 @@ class Mirror(Protocol):
         """Whether messages go through."""
         ...
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known which other instances there are."""
+        ...
+
+    @property
+    def silence(self) -> float:
+        """Seconds since it was last known that they do."""
+        ...
+
     def publish(
         self, group: str, payload: bytes, message_id: str, others: Sequence[str] = ()
     ) -> asyncio.Future[Published]:
@@ -79,6 +89,11 @@ class Gateway:
         self._mirror = mirror
         self._metrics = metrics
         self._arriving: Counter[str] = Counter()
+
+    @property
+    def mirror_silence(self) -> float:
+        """Seconds since it was last known that messages pass between instances; 0 when alone."""
+        return self._mirror.silence if self._mirror is not None else 0.0
 
     @contextlib.asynccontextmanager
     async def arriving(

@@ -75,8 +75,10 @@ class Ingest:
         self._holder = f"{name}:{epoch}"
         self._lease = f"{prefix}queue:lease"
         self._instances = f"{prefix}instances"
-        self._processing_prefix = f"{prefix}processing:"
-        self._processing = f"{prefix}processing:{name}"
+        self._holders = f"{prefix}queue:holders"  # who may have an item in hand
+        self._name = name
+        self._prefix = prefix
+        self._processing = self._processing_of(name)
         self._rejected = f"{prefix}rejected"
         self._held_until = 0.0
 
@@ -135,18 +137,25 @@ class Ingest:
         if reply not in (b"OK", "OK"):
             return False
         log.info("queue taken over name=%s", self._settings.name)
+        await self._call(("SADD", self._holders, self._name))
         await self._put_back()
         self._held_until = asked_at + LEASE_MS / 1000
         return True
 
     async def _put_back(self) -> None:
         """Put back what others, or we before a crash, had in hand: oldest to the front."""
-        [names] = await self._call(("ZRANGE", self._instances, 0, -1))
-        lists = {self._processing, *(self._processing_prefix + name.decode() for name in names)}
-        for one in lists:
-            move = ("LMOVE", one, self._settings.name, "LEFT", "RIGHT")
+        holders, instances = await self._call(
+            ("SMEMBERS", self._holders), ("ZRANGE", self._instances, 0, -1)
+        )
+        for name in {name.decode() for name in (*holders, *instances)}:
+            move = ("LMOVE", self._processing_of(name), self._settings.name, "LEFT", "RIGHT")
             while (await self._call(move))[0] is not None:
                 self._metrics.queue_items["put_back"] += 1
+            if name != self._name:
+                await self._call(("SREM", self._holders, name))
+
+    def _processing_of(self, name: str) -> str:
+        return f"{self._prefix}processing:{name}"
 
     async def _take(self) -> None:
         """Take items and send them, one at a time, until the lease is to be renewed."""

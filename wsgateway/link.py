@@ -315,7 +315,7 @@ class Pipeline:
                     built.popleft()
                     self._settle(batch.popleft(), Outcome(Fate.TAKEN, replies))
         except (exceptions.BusyLoadingError, exceptions.AuthenticationError):
-            fate = Fate.NOT_SENT
+            fate = Fate.REFUSED
             raise
         finally:
             for submission in batch:

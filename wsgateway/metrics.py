@@ -62,7 +62,7 @@ class Metrics:
     redis_overflows: int = 0
     """Submissions to Redis refused because too many bytes were waiting."""
     mirror_published: Counter[str] = field(default_factory=Counter)
-    """Group messages for other instances, by fate: taken, not_sent, unknown."""
+    """Group messages for other instances, by fate: taken, not_sent, refused, unknown."""
     mirror_received: int = 0
     """Group messages that came through Redis."""
     mirror_rejected: Counter[str] = field(default_factory=Counter)

@@ -60,6 +60,9 @@ DEAF_SECONDS: Final = 5.0
 BEAT_INTERVAL: Final = 2.0
 """Seconds between two beats, so that a loss at the tail is noticed too."""
 
+SETTLE_SECONDS: Final = 0.3
+"""How long the others may take to say that they are alive after the mirror came up: they are asked."""
+
 LINGER_SECONDS: Final = 5.0
 """How long a group that nobody wants stays subscribed: a device that reconnects finds it."""
 
@@ -97,6 +100,7 @@ class Mirror:
         self._received = Received()
         self._condition = Condition("subscriber", metrics)
         self._heard_at = self._probe_sent_at = 0.0
+        self._proved_at = self._up_since = monotonic()
         self._probe_sent = b""
         self.first_up = asyncio.Event()
         """Set once the mirror works for the first time."""
@@ -113,6 +117,16 @@ class Mirror:
     def is_up(self) -> bool:
         """Whether a probe that was published after subscribing came back, and lately."""
         return self._condition.is_up and self._pipeline.condition.is_up
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is up for long enough to have heard from every other instance."""
+        return self.is_up and monotonic() - self._up_since > SETTLE_SECONDS
+
+    @property
+    def silence(self) -> float:
+        """Seconds since a probe came back."""
+        return monotonic() - self._proved_at
 
     def channel(self, group: str) -> str:
         """The channel of a group."""
@@ -143,7 +157,7 @@ class Mirror:
         def settle(done: asyncio.Future[Outcome]) -> None:
             fate, replies = done.result()
             if replies and isinstance(replies[-1], Exception):
-                fate = Fate.NOT_SENT
+                fate = Fate.REFUSED
             self._metrics.mirror_published[fate.value] += 1
             # Without an entry for everybody, Redis has lost the set: then it may well listen.
             listening = [
@@ -245,8 +259,10 @@ class Mirror:
     def _read_node(self, data: bytes) -> None:
         if data.startswith(b"probe "):
             if data == self._probe_sent:
-                self._metrics.mirror_lag = monotonic() - self._probe_sent_at
+                self._proved_at = monotonic()
+                self._metrics.mirror_lag = self._proved_at - self._probe_sent_at
                 if not self._condition.is_up:
+                    self._up_since = self._proved_at
                     self._beat_is_due.set()  # the others are to know it at once
                     self._pipeline.submit(self._build_resync)
                 self._condition.set(State.UP)

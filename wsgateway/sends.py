@@ -153,13 +153,14 @@ class Sends:
         if not published.done():
             await asyncio.wait({published}, timeout=seconds)
         receipt.fate = published.result().fate if published.done() else Fate.UNKNOWN
-        receipt.complete = receipt.fate is Fate.TAKEN
-        if receipt.complete and expected is not None:
+        is_settled = self._mirror is not None and self._mirror.is_settled
+        receipt.complete = receipt.fate is Fate.TAKEN and is_settled
+        if receipt.fate is Fate.TAKEN and expected is not None:
             expected.missing = set(published.result().listeners)
             expected.settle()
             if not expected.answered.done():
                 await asyncio.wait({expected.answered}, timeout=max(0, deadline - monotonic()))
-            receipt.complete = expected.answered.done()
+            receipt.complete = is_settled and expected.answered.done()
         if expected is not None:
             receipt.shares |= expected.shares
         self._metrics.receipts_incomplete += not receipt.complete

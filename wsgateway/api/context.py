@@ -63,8 +63,8 @@ class Api:
     receipt_timeout: float
     is_here: Callable[[str], bool]
     """Whether a group has a member on this instance."""
-    not_ready: Callable[[], list[str]]
-    """Why no device could come in now; empty if one could."""
+    readiness: Callable[[], dict[str, Any]]
+    """Whether devices can come in now, as /readyz says."""
     rates: Rates
     timings: Timings
 
@@ -83,7 +83,7 @@ class Api:
             max_message=config.limits.message_bytes,
             receipt_timeout=config.api.receipt_timeout,
             is_here=lambda group: bool(hub.members(group)),
-            not_ready=parts.admission.not_ready,
+            readiness=parts.admission.readiness,
             rates=Rates(parts.metrics),
             timings=Timings(),
         )

@@ -51,6 +51,5 @@ def _page(name: str, kind: str) -> Document:
 
 
 def _ready(api: Api) -> Made:
-    reasons = api.not_ready()
-    status = {"status": "unavailable" if reasons else "ok", "reasons": reasons}
-    return 503 if reasons else 200, JSON, orjson.dumps(status)
+    readiness = api.readiness()
+    return 503 if readiness["status"] == "unavailable" else 200, JSON, orjson.dumps(readiness)

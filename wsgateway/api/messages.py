@@ -256,7 +256,7 @@ def _check_fate(receipt: Receipt, query: SendQuery) -> None:
     """Claim nothing that is not known. Raises Problem."""
     if receipt.matched:
         return
-    if receipt.fate is Fate.NOT_SENT:
+    if receipt.fate in (Fate.NOT_SENT, Fate.REFUSED):
         raise problems.unavailable()
     if receipt.fate is Fate.UNKNOWN:
         raise problems.unknown()
