@@ -266,6 +266,21 @@ async def test_all_frames_may_come_in_the_segment_of_the_request(abused: Abused)
         assert last == (Opcode.CLOSE, b"\x03\xe8")
 
 
+@pytest.mark.parametrize(("token", "status"), [("TOKEN", 101), ("wrong", 403)])
+async def test_a_client_that_half_closes_after_its_request_gets_its_answer(
+    abused: Abused, token: str, status: int
+) -> None:
+    async with abused() as (gateway, _):
+        sent = request(f"/ws/device/?token={token.replace('TOKEN', gateway.token)}")
+        async with peer(gateway, sent + (frame(PING) if status == 101 else b"")) as client:
+            client.writer.write_eof()
+            assert (await client.answer()).status == status
+            if status == 101:
+                heard = await client.hear_rest()
+                assert [each.message["type"] for each in heard] == ["connection_status", "pong"]
+            await nothing_left(gateway)
+
+
 async def test_what_follows_a_refused_request_is_nobodys(abused: Abused) -> None:
     async with abused() as (gateway, _), watching(gateway) as watch:
         refused = request("/ws/device/?token=wrong")

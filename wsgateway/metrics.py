@@ -10,6 +10,15 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 
+class Tally(dict[str, int]):
+    """Counts what every message adds to: a Counter's assignment costs three times as much."""
+
+    __slots__ = ()
+
+    def __missing__(self, label: str) -> int:
+        return 0
+
+
 @dataclass(slots=True)
 class Metrics:
     """The counters of one instance since it started.
@@ -28,7 +37,7 @@ class Metrics:
     """Device connections ended, by close code, 'aborted' codes being 1006."""
     aborted: Counter[str] = field(default_factory=Counter)
     """Connections cut without a close handshake, by reason."""
-    received: Counter[str] = field(default_factory=Counter)
+    received: Tally = field(default_factory=Tally)
     """Messages from devices, by registered type, else 'unknown' or 'invalid'."""
     received_bytes: int = 0
     """Bytes read from device sockets."""

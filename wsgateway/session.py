@@ -84,7 +84,7 @@ class Session:
         if found.waits:
             return Wait(found, message)
         try:
-            return self._answer(found, self._call(found, message))
+            return _encoded(found, self._call(found, message))
         except Exception as error:  # noqa: BLE001 - a user's handler may raise anything
             return self.failed(found, error)
 
@@ -98,7 +98,7 @@ class Session:
         """Answer a message that needs waiting. Cancelling is safe: the device then gets nothing."""
         try:
             async with asyncio.timeout(self._rules.handler_timeout):
-                return self._answer(wait.handler, await self._call(*wait))
+                return _encoded(wait.handler, await self._call(*wait))
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -125,15 +125,6 @@ class Session:
             return handler.call(message, self._device)
         return handler.call(message) if handler.takes_message else handler.call()
 
-    def _answer(self, handler: Handler, answer: Mapping[str, Any] | None) -> bytes | None:
-        if answer is None:
-            return None
-        if "type" not in answer:
-            answer = {"type": f"{handler.type}_response", **answer}
-        if "timestamp" not in answer:
-            answer = {**answer, "timestamp": wire.timestamp()}
-        return wire.encode(answer)
-
     def _over_rate(self) -> Stop:
         payload = self._refuse(ErrorCode.RATE_LIMITED, "Rate limit exceeded")
         return Stop(payload, CloseCode.RATE_LIMITED)
@@ -141,3 +132,13 @@ class Session:
     def _refuse(self, code: ErrorCode, text: str) -> bytes:
         self._rules.metrics.errors[code] += 1
         return wire.error(code, text)
+
+
+def _encoded(handler: Handler, answer: Mapping[str, Any] | None) -> bytes | None:
+    if answer is None:
+        return None
+    if "type" not in answer:
+        answer = {"type": f"{handler.type}_response", **answer}
+    if "timestamp" not in answer:
+        answer = {**answer, "timestamp": wire.timestamp()}
+    return wire.encode(answer)

@@ -30,6 +30,11 @@ PING_FRAME: Final = b"\x89\x00"
 """An unmasked, empty ping (RFC 6455, section 5.5.2): the same bytes for everybody."""
 
 
+_from_iso: Final = datetime.fromisoformat
+_SHALLOW: Final = 2 * MAX_DEPTH
+"""Bytes within which a message cannot nest deeper: each level opens and closes."""
+
+
 class CloseCode(enum.IntEnum):
     """Why a connection ends. The server never starts a close with 1000."""
 
@@ -161,7 +166,7 @@ def parse(payload: bytes) -> tuple[str, Any]:
         raise WireError(ErrorCode.INVALID_JSON, "Invalid JSON format") from None
     # Counting brackets is far cheaper than walking, and nearly every message ends here.
     if (
-        len(payload) > 2 * MAX_DEPTH  # each level opens and closes
+        len(payload) > _SHALLOW
         and payload.count(b"{") + payload.count(b"[") > MAX_DEPTH
         and _deeper_than(document, MAX_DEPTH)
     ):
@@ -203,7 +208,7 @@ def _is_time(value: Any) -> bool:
     if type(value) is not str:
         return False
     try:
-        datetime.fromisoformat(value)
+        _from_iso(value)
     except ValueError:
         return False
     return len(value) > len("2026-11-22")  # a date alone is not a time
