@@ -314,6 +314,8 @@ class Pipeline:
                     replies = [await _reply(connection) for _ in built[0]]
                     built.popleft()
                     self._settle(batch.popleft(), Outcome(Fate.TAKEN, replies))
+        except RuntimeError:  # what uvloop raises for a transport that was closed
+            raise exceptions.ConnectionError("closed") from None
         except (exceptions.BusyLoadingError, exceptions.AuthenticationError):
             fate = Fate.REFUSED
             raise

@@ -112,7 +112,7 @@ class Rates:
             (
                 now,
                 {
-                    "messages_in": metrics.received.total(),
+                    "messages_in": sum(metrics.received.values()),
                     "messages_out": metrics.sent,
                     "connects": metrics.opened,
                 },

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import inspect
 import platform
-from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -126,13 +125,13 @@ class _Collector(Collector):
 def _name(field: str, value: Any) -> str:
     if field in NAMES:
         return f"wsgateway_{NAMES[field]}"
-    counts = isinstance(value, int | Counter)
+    counts = field in LABELS or isinstance(value, int)
     return f"wsgateway_{field}_total" if counts else f"wsgateway_{field}"
 
 
 def _family(field: str, meaning: str, value: Any) -> Metric:
     name = _name(field, value)
-    if isinstance(value, Counter):
+    if field in LABELS:
         counters = CounterMetricFamily(name, meaning, labels=[LABELS[field]])
         for label, number in value.items():
             counters.add_metric([str(label)], number)
