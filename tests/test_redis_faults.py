@@ -429,8 +429,8 @@ async def test_redis_that_is_away_at_the_start_keeps_nobody_out(
         backend(redis_server) as make,
         running_gateway(accounts, server__instance="a", **overrides) as a,
         running_gateway(accounts, server__instance="b", **overrides) as b,
-        a.device() as device,
-        b.device() as other,
+        a.device(max_queue=None) as device,
+        b.device(max_queue=None) as other,
     ):
         p = make(a, b)
         status, receipt = await p.send(a, 1, "here")
@@ -451,20 +451,23 @@ async def test_redis_that_is_away_at_the_start_keeps_nobody_out(
         assert await received(other) == "again"
 
 
+@pytest.mark.parametrize(
+    ("required", "status"), [(True, (503, "unavailable")), (False, (200, "degraded"))]
+)
 async def test_readiness_says_when_the_probe_does_not_come_back(
-    accounts: Accounts, redis_server: RedisServer
+    accounts: Accounts, redis_server: RedisServer, required: bool, status: tuple[int, str]
 ) -> None:
-    async with pair(accounts, redis_server) as p:
+    async with pair(accounts, redis_server, redis__required=required) as p:
 
-        async def code(wanted: int) -> bool:
+        async def says(*wanted: object) -> bool:
             async with p.http.get(p.a.api_url + "/readyz") as response:
-                return response.status == wanted
+                return (response.status, (await response.json())["status"]) == wanted
 
-        await until(lambda: code(200))
+        await until(lambda: says(200, "ok"))
         redis_server.send_signal(signal.SIGSTOP)
-        await until(lambda: code(503), 10 + 3)
+        await until(lambda: says(*status), 10 + 3)
         redis_server.send_signal(signal.SIGCONT)
-        await until(lambda: code(200), RECOVERY)
+        await until(lambda: says(200, "ok"), RECOVERY)
 
 
 async def test_five_thousand_messages_from_each_of_two_reach_everybody_once_in_order(

@@ -107,6 +107,10 @@ class Cluster:
         if self._post is not None:
             self._post.tell(name, orjson.dumps({**word, "from": self.name}))
 
+    def hears_again(self) -> None:
+        """Believe that who was alive before still is: beats could not be heard for a while."""
+        self._beats = dict.fromkeys(self._beats, monotonic())
+
     def heard_beat(self, name: str) -> None:
         """Note that an instance is alive."""
         if name != self.name and (name in self._beats or len(self._beats) < MAX_INSTANCES):

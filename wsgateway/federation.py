@@ -68,7 +68,9 @@ class Federation:
             await stack.enter_async_context(
                 background.running(
                     self._pipeline.run(),
-                    self.mirror.run(sends.deliver, cluster.heard_word, cluster.heard_beat),
+                    self.mirror.run(
+                        sends.deliver, cluster.heard_word, cluster.heard_beat, cluster.hears_again
+                    ),
                 )
             )
             await stack.enter_async_context(presence.running())

@@ -112,6 +112,7 @@ class Mirror:
         self._deliver: Callable[[str, Envelope | bytes], None]
         self._on_node: Callable[[bytes], None]
         self._on_beat: Callable[[str], None]
+        self._on_up: Callable[[], None]
 
     @property
     def is_up(self) -> bool:
@@ -188,14 +189,16 @@ class Mirror:
         deliver: Callable[[str, Envelope | bytes], None],
         on_node: Callable[[bytes], None],
         on_beat: Callable[[str], None],
+        on_up: Callable[[], None],
     ) -> None:
         """Listen for ever.
 
         ``deliver`` is called with a group and what came for it: another instance's message, or the
         JSON of any other program's; ``on_node`` with each word to this instance; ``on_beat`` with
-        the name of an instance that is alive.
+        the name of an instance that is alive; ``on_up`` whenever the mirror begins to work.
         """
         self._deliver, self._on_node, self._on_beat = deliver, on_node, on_beat
+        self._on_up = on_up
         async with asyncio.TaskGroup() as group:
             group.create_task(stay(self._condition, self._session))
             group.create_task(self._beat())
@@ -264,7 +267,9 @@ class Mirror:
                 if not self._condition.is_up:
                     self._up_since = self._proved_at
                     self._beat_is_due.set()  # the others are to know it at once
+                    self._sent.repeat()  # and what they asked for meanwhile was not heard
                     self._pipeline.submit(self._build_resync)
+                    self._on_up()
                 self._condition.set(State.UP)
                 self.first_up.set()
         else:
