@@ -612,3 +612,18 @@ def test_each_line_of_a_json_log_is_an_object(tokens: Tokens, serve: Serve, loop
     messages = [line["message"] for line in lines]
     for beginning in ("wsgateway ", "device in ", "device refused ", "draining ", "stopped"):
         assert any(message.startswith(beginning) for message in messages), beginning
+
+
+def test_instances_share_a_port(tokens: Tokens, serve: Serve) -> None:
+    first = serve(*LOOPBACK, "--set", "server.reuse_port=true", "--set", "server.instance=one")
+    again = ("--port", str(first.port), "--set", "server.reuse_port=true")
+    second = serve(*LOOPBACK, *again, "--set", "server.instance=two")
+    assert second.port == first.port
+    with contextlib.ExitStack() as stack:
+        devices = [stack.enter_context(device(first, tokens.valid)) for _ in range(32)]
+        assert {ping(each) for each in devices} == {"pong"}
+        # The kernel spreads them: that all 32 came to one has a chance of 2 ** -31.
+        assert all(" device in " in gateway.log.read_text() for gateway in (first, second))
+        assert first.stop() == 0
+        with device(second, tokens.valid) as late:
+            assert ping(late) == "pong"
