@@ -142,6 +142,7 @@ async def alice_with_key(path: Path) -> tuple[Accounts, str]:
 
 
 @pytest.mark.timeout(90)
+@pytest.mark.faults
 def test_a_killed_instance_disappears_with_its_users_and_comes_back_without_ghosts(
     tmp_path: Path,
     redis_server: RedisServer,

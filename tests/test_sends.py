@@ -152,7 +152,7 @@ async def test_messages_of_one_sender_keep_their_order(
         for number in range(50):
             await p.send(p.a, 2, number, "?wait=none")
         batch = [{"type": "t", "message": number, "user_id": 2} for number in range(50, 1000)]
-        status, answer = await p.call(p.a, "POST", "/api/messages/batch", batch)
+        status, answer = await p.call(p.a, "POST", "/api/messages/batch?timeout=10", batch)
         assert status == 200
         results = answer["data"]["results"]
         assert [one["data"]["message"] for one in results] == list(range(50, 1000))
@@ -168,7 +168,7 @@ async def test_a_first_batch_to_a_user_who_is_elsewhere_keeps_its_order(
 ) -> None:
     async with pair(accounts, redis_server) as p, p.b.device(bob) as device:
         batch = [{"type": "t", "message": number, "user_id": 2} for number in range(300)]
-        assert (await p.call(p.a, "POST", "/api/messages/batch", batch))[0] == 200
+        assert (await p.call(p.a, "POST", "/api/messages/batch?timeout=10", batch))[0] == 200
         assert [await received(device) for _ in range(300)] == list(range(300))
 
 
