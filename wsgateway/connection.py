@@ -30,7 +30,7 @@ from wsgateway.auth import Identity
 from wsgateway.config import Limits
 from wsgateway.handlers import Reach
 from wsgateway.metrics import Metrics
-from wsgateway.providers import Services
+from wsgateway.providers import History, Services
 from wsgateway.session import Action, Session, Stop, Wait
 from wsgateway.wire import CloseCode
 
@@ -125,6 +125,7 @@ class Connection(asyncio.Protocol):
         "address",
         "core",
         "heard_at",
+        "history",
         "identity",
         "messages",
         "opened_at",
@@ -143,6 +144,7 @@ class Connection(asyncio.Protocol):
         self.phase = Phase.HANDSHAKE
         self.address = ""
         self.identity: Identity | None = None
+        self.history: History | None = None
         self.heard_at = self.opened_at = monotonic()
         self.messages = 0
         self.wheel_slot = 0
@@ -190,6 +192,16 @@ class Connection(asyncio.Protocol):
     @property
     def gateway(self) -> Reach:
         return self._door.gateway
+
+    @property
+    def versioned(self) -> bool:
+        """Whether the client offered `wsgateway.v1`."""
+        return self.core.subprotocol is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether one of its messages waits for an answer."""
+        return self._task is not None
 
     @property
     def session(self) -> Session | None:
@@ -331,7 +343,7 @@ class Connection(asyncio.Protocol):
         if self._task is not None:
             self._task.cancel()
         self._door.lost(self)
-        self._session = self._pending = self._held = self._early = None
+        self._session = self._pending = self._held = self._early = self.history = None
 
     # Reading.
 
