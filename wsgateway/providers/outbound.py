@@ -140,8 +140,9 @@ class Outbound:
     async def ask(self, request: Request) -> AsyncIterator[Answer]:
         """Send a request; the answer as soon as its headers are there. Redirects are not followed.
 
-        Cancelling closes the connection. Nothing of a request is sent twice, except that a GET on a
-        connection that the service had closed meanwhile is sent on a new one.
+        Cancelling closes the connection. A request is sent once, except a GET whose connection was
+        closed before any answer: the HTTP client sends that once more, as the service may have
+        closed a connection that it had kept for us.
 
         Raises:
             Failure: there is no answer, also while it is read in the body.
