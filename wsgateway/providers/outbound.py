@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
@@ -94,7 +94,7 @@ class Answer:
         if coding not in ("identity", "gzip", ""):
             raise Failure(Outcome.GARBAGE, self._request.service)
         gzip = zlib.decompressobj(16 + zlib.MAX_WBITS) if coding == "gzip" else None
-        async for packed in self._response.content.iter_any():
+        while packed := await self._packed():
             if gzip is None:
                 yield packed
                 continue
@@ -110,8 +110,12 @@ class Answer:
         if gzip is not None and not gzip.eof:
             raise Failure(Outcome.BROKEN, self._request.service, retry=True)
 
+    async def _packed(self) -> bytes:
+        with _failures(self._request.service):
+            return await self._response.content.readany()
+
     async def finish(self) -> None:
-        """Read to the end, so that the connection can be used again; not for long, not for much."""
+        """Read to the end, so that the connection can be used again, if that is soon."""
         with contextlib.suppress(TimeoutError, Failure, aiohttp.ClientError):
             async with asyncio.timeout(FINISH_SECONDS):
                 async for _ in self._response.content.iter_chunked(PIECE):
@@ -150,7 +154,7 @@ class Outbound:
         """
         assert self._session is not None, "not running"
         service, patience = request.service, request.patience
-        try:
+        with _failures(service):
             async with (
                 asyncio.timeout(patience.total),
                 self._session.request(
@@ -169,16 +173,23 @@ class Outbound:
                 ) as response,
             ):
                 yield Answer(response, request)
-        except aiohttp.ConnectionTimeoutError:
-            raise Failure(Outcome.UNREACHABLE, service, retry=True) from None
-        except TimeoutError:
-            raise Failure(Outcome.TIMEOUT, service) from None
-        except (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError) as error:
-            raise Failure(Outcome.UNREACHABLE, service, retry=True, detail=_kind(error)) from None
-        except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError) as error:
-            raise Failure(Outcome.BROKEN, service, retry=True, detail=_kind(error)) from None
-        except aiohttp.ClientError as error:  # a status line or header that is none
-            raise Failure(Outcome.GARBAGE, service, detail=_kind(error)) from None
+
+
+@contextlib.contextmanager
+def _failures(service: str) -> Iterator[None]:
+    """Turn what goes wrong on the way into a Failure."""
+    try:
+        yield
+    except aiohttp.ConnectionTimeoutError:
+        raise Failure(Outcome.UNREACHABLE, service, retry=True) from None
+    except TimeoutError:
+        raise Failure(Outcome.TIMEOUT, service) from None
+    except (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError) as error:
+        raise Failure(Outcome.UNREACHABLE, service, retry=True, detail=_kind(error)) from None
+    except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError) as error:
+        raise Failure(Outcome.BROKEN, service, retry=True, detail=_kind(error)) from None
+    except aiohttp.ClientError as error:  # a status line or header that is none
+        raise Failure(Outcome.GARBAGE, service, detail=_kind(error)) from None
 
 
 def _kind(error: aiohttp.ClientError) -> str:
