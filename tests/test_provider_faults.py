@@ -43,20 +43,24 @@ the gateway do not share two cores with other tests."""
 
 QUICK: dict[str, Any] = {
     "weather__timeout": 2, "weather__call_timeout": 0.5, "weather__cache_ttl": 0,
-    "weather__breaker_failures": 10**6,
+    "weather__breaker_failures": 10**6, "weather__breaker_pause": 0.05,
     "chat__timeout": 6, "chat__first_byte_timeout": 0.5, "chat__stream": True,
-    "chat__breaker_failures": 10**6, "chat__concurrency_per_user": 100,
-    "limits__connections_per_user": 1000, "limits__messages": 100_000, "log__level": "error",
+    "chat__breaker_failures": 10**6, "chat__breaker_pause": 0.05, "chat__concurrency_per_user": 100,
+    "limits__connections_per_user": 1000, "limits__messages": 100_000,
     "server__host": "127.0.0.1",
 }  # fmt: skip
 """Failing services do not keep the test waiting, and no breaker keeps them from failing."""
+
+
+AT_ONCE = answering("{}", 429, retry_after_ms="50")
+WAYS = [*({**TROUBLES, "limited": AT_ONCE}).values()]
 
 
 def styles(fake: Fake) -> list[Any]:
     """Every way to fail of the weather service, and some good answers."""
     problem = json.dumps({"error": {"status": 400, "title": "NO SUCH LOCATION"}})
     return [
-        *TROUBLES.values(), fake.hang, qweather, qweather,
+        *WAYS, fake.hang, *[qweather] * 10,
         answering('{"code":"404"}'), answering('{"code":"500"}'),
         answering(problem, 400, Content_Type="application/problem+json"),
     ]  # fmt: skip
@@ -67,11 +71,10 @@ def streams(fake: Fake) -> list[Any]:
     half = chunk("half")
     raw = (half + chunk(finish="stop") + "data: [DONE]\n\n").encode()
     return [
-        *TROUBLES.values(), fake.hang, openai, openai,
+        *WAYS, fake.hang, openai, openai,
         streamed(half, then=fake.hang), streamed(half, then=abort), streamed(half),
         streamed(half, 'data: {"error":{"message":"x"}}\n\n'),
         streamed(*[raw[at : at + 3] for at in range(0, len(raw), 3)]),
-        answering('{"error":{}}', 429, retry_after_ms="50"),
         answering('{"error":{}}', 400), answering('{"choices":[]}'),
     ]  # fmt: skip
 
