@@ -182,6 +182,22 @@ async def test_no_answer_in_time_and_nobody_there_are_told(fake: Fake) -> None:
         assert outcomes(metrics) == {"unreachable": 1}
 
 
+@pytest.mark.parametrize(
+    "said",
+    [b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000, b"\0" * 5000, b""],
+    ids=["ssh", "long header", "zeros", "nothing"],
+)
+async def test_what_answers_and_is_no_web_server_is_told(fake: Fake, said: bytes) -> None:
+    async def speak(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(said)
+        writer.close()
+
+    server = await asyncio.start_server(speak, "127.0.0.1", 0)
+    fake.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, asking(**weather_flags(fake)) as (services, _):
+        assert await failure(services) in (NOT_UNDERSTOOD, BROKE)
+
+
 def old(code: str) -> Any:
     return answering(json.dumps({"code": code}))
 
