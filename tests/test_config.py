@@ -299,6 +299,8 @@ def test_text_that_cannot_be_used_is_told_with_the_variable_and_what_is_allowed(
                 "auth.lookup_timeout", "auth.poll_interval", "handlers.timeout",
                 "keepalive.close_timeout", "keepalive.interval", "keepalive.timeout",
                 "limits.handshake_timeout", "limits.outbound_stall", "limits.window",
+                "weather.timeout", "weather.call_timeout", "weather.connect_timeout",
+                "chat.timeout", "chat.connect_timeout", "chat.first_byte_timeout",
             )
         ],
         (

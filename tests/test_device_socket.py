@@ -832,7 +832,7 @@ class HangingWeather:
 class BrokenChat:
     """A chat provider that has nothing to say."""
 
-    async def reply(self, text: str, *, user_id: int) -> str:
+    async def reply(self, text: str, **_: Any) -> str:
         raise ServiceError("no model")
 
 

@@ -31,8 +31,10 @@ THIRD_PARTY = {
     "sqlite3": {"store"},
     "uvloop": {"server"},
     "redis": {"link"},
-    "aiohttp": {"api"},
-    "msgspec": {"config", "handlers", "demo", "server", "api"},
+    "aiohttp": {"api", "providers"},
+    "yarl": {"providers"},
+    "cryptography": {"providers"},
+    "msgspec": {"config", "handlers", "demo", "server", "api", "providers"},
     "orjson": {"wire", "handshake", "logs", "envelope", "cluster", "presence", "ingest", "api"},
 }
 """Where a library may be imported. Handlers use msgspec as a user's own types do."""

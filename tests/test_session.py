@@ -21,7 +21,8 @@ class ADevice:
     """A device that handlers see."""
 
     user_id, device_id = 7, 8
-    services = providers.build(config.Config())
+    services = providers.build(config.Config(), Metrics())
+    history, versioned = None, False
 
 
 def session(limit: int = 100, **own: Callable[..., Any]) -> Session:

@@ -225,8 +225,12 @@ class Handlers(Section, frozen=True):
         doc("Python modules with message types of your own, e.g. ['mycompany.lights']."),
     ] = ()
     timeout: Annotated[
-        Seconds, doc("How long a handler may take; then the device gets an error.")
-    ] = 30.0
+        Seconds,
+        doc(
+            "How long a handler may take; then the device gets an error. Longer than chat.timeout "
+            "and weather.timeout."
+        ),
+    ] = 65.0
     max_pending: Annotated[
         Positive,
         doc("Messages of a device that wait for its slow handlers; then reading from it pauses."),
@@ -237,14 +241,129 @@ class Weather(Section, frozen=True):
     """The weather service."""
 
     provider: Annotated[
-        Literal["sample"], doc("'sample' answers without a key and says so in data.sample.")
+        Literal["sample", "qweather"],
+        doc(
+            "'sample' answers without a key and says so in data.sample; 'qweather' is "
+            "dev.qweather.com."
+        ),
     ] = "sample"
+    url: Annotated[
+        str, doc("Your API host at the service, e.g. https://abc.xyz.qweatherapi.com.")
+    ] = ""
+    api: Annotated[
+        Literal["v7", "v1"], doc("Generation of the weather call: 'v7' (/v7/...) or 'v1'.")
+    ] = "v7"
+    key: Annotated[str, doc("API key; or set jwt_key, not both.", secret=True)] = ""
+    jwt_key: Annotated[
+        str,
+        doc(
+            "Ed25519 private key in PEM, to sign tokens with in place of the API key; needs "
+            "wsgateway[crypto].",
+            secret=True,
+        ),
+    ] = ""
+    jwt_id: Annotated[Name, doc("Id of that key's credential at the service.")] = ""
+    jwt_project: Annotated[Name, doc("Id of the project it belongs to.")] = ""
+    lang: Annotated[Name, doc("Language of names and texts; empty: the service's choice.")] = "zh"
+    timeout: Annotated[
+        Seconds, doc("How long a device waits at most: a turn, and two calls one after the other.")
+    ] = 10.0
+    call_timeout: Annotated[Seconds, doc("How long one call may take.")] = 8.0
+    connect_timeout: Annotated[Seconds, doc("How long it may take to connect.")] = 3.0
+    cache_ttl: Annotated[
+        float,
+        Meta(ge=0, le=600, extra={"unit": "seconds"}),
+        doc(
+            "How long the answer for a city is given again; readings are 5 to 20 minutes old "
+            "anyway. 0: never."
+        ),
+    ] = 600.0
+    cache_size: Annotated[
+        Positive, doc("Cities whose answer is kept, about 2 KiB each; the oldest goes first.")
+    ] = 1000
+    concurrency: Annotated[
+        Positive, doc("Cities asked for at once; others wait, then are told that too many ask.")
+    ] = 16
+    breaker_failures: Annotated[
+        Positive, doc("Failures in a row after which the service is left alone.")
+    ] = 5
+    breaker_pause: Annotated[
+        Seconds, doc("For how long; then one request tries. Services suspend who never stops.")
+    ] = 30.0
 
 
 class Chat(Section, frozen=True):
     """The chat service."""
 
-    provider: Annotated[Literal["echo"], doc("'echo' repeats the message, as a test.")] = "echo"
+    provider: Annotated[
+        Literal["echo", "openai"],
+        doc(
+            "'echo' repeats the message, as a test; 'openai' is any service with OpenAI's chat "
+            "completions."
+        ),
+    ] = "echo"
+    url: Annotated[str, doc("The service, up to and without /chat/completions.")] = (
+        "https://api.openai.com/v1"
+    )
+    key: Annotated[str, doc("API key; empty: none is sent.", secret=True)] = ""
+    model: Annotated[str, doc("Name of the model, as the service calls it.")] = ""
+    system: Annotated[str, doc("What the model is told before every conversation.")] = ""
+    history_turns: Annotated[
+        Count, doc("Exchanges of a connection that the model is reminded of; 0: none.")
+    ] = 10
+    history_bytes: Annotated[
+        Bytes, doc("Most memory of them per connection that chats; the oldest go first.")
+    ] = 16_384
+    max_tokens: Annotated[
+        Positive, doc("Longest answer in tokens, which bounds its price and time.")
+    ] = 1024
+    max_tokens_field: Annotated[
+        Literal["max_tokens", "max_completion_tokens"],
+        doc("Its name in the request: newer OpenAI models know only 'max_completion_tokens'."),
+    ] = "max_tokens"
+    temperature: Annotated[
+        float,
+        Meta(ge=-1, le=2),
+        doc("How freely the model words its answers, 0 to 2; -1: the service's choice."),
+    ] = -1.0
+    stream: Annotated[
+        bool,
+        doc(
+            "Take answers in parts, and pass these on as chat_delta to devices that offered "
+            "wsgateway.v1."
+        ),
+    ] = False
+    timeout: Annotated[
+        Seconds, doc("How long a device waits at most: its turn, retries and the answer.")
+    ] = 60.0
+    connect_timeout: Annotated[Seconds, doc("How long it may take to connect.")] = 5.0
+    first_byte_timeout: Annotated[
+        Seconds,
+        doc(
+            "How long the service may be silent, before its answer and within; without stream it "
+            "says nothing until the answer is complete."
+        ),
+    ] = 15.0
+    answer_bytes: Annotated[
+        Bytes, doc("Most that is read of one answer; a streamed token takes about 250 bytes.")
+    ] = 1_048_576
+    concurrency: Annotated[Positive, doc("Requests at once in all; others wait their turn.")] = 64
+    concurrency_per_user: Annotated[Positive, doc("Requests at once of one user.")] = 1
+    identify_users: Annotated[
+        bool, doc("Send a hash of the user's id as 'user', for the service's abuse reports.")
+    ] = False
+    prompt_price: Annotated[
+        float,
+        Meta(ge=0, le=1e6),
+        doc("Price of a million prompt tokens, in any currency, for the metric of the cost."),
+    ] = 0.0
+    completion_price: Annotated[
+        float, Meta(ge=0, le=1e6), doc("Price of a million completion tokens.")
+    ] = 0.0
+    breaker_failures: Annotated[
+        Positive, doc("Failures in a row after which the service is left alone.")
+    ] = 5
+    breaker_pause: Annotated[Seconds, doc("For how long; then one request tries.")] = 30.0
 
 
 class ApiKey(Section, frozen=True):
@@ -339,6 +458,12 @@ class Drain(Section, frozen=True):
         Seconds,
         doc("Time to send 1012 to every device and to wait for them; the rest is aborted."),
     ] = 10.0
+    grace: Annotated[
+        Seconds,
+        doc(
+            "How long a device that waits for an answer is sent away later, at most half of window."
+        ),
+    ] = 5.0
 
 
 class Log(Section, frozen=True):
@@ -516,7 +641,7 @@ def load(
             origins[key.path] = origin
     config = _build(values)
     _check_combinations(config)
-    return Loaded(config, origins, file, tuple(warnings))
+    return Loaded(config, origins, file, (*warnings, *_cleartext_keys(config)))
 
 
 def render_toml(config: Config | None = None) -> str:
@@ -758,6 +883,12 @@ NOT_ZERO = (
     "auth.poll_interval",
     "api.body_timeout",
     "redis.timeout",
+    "weather.timeout",
+    "weather.call_timeout",
+    "weather.connect_timeout",
+    "chat.timeout",
+    "chat.connect_timeout",
+    "chat.first_byte_timeout",
 )
 """Durations that cannot be switched off."""
 
@@ -768,7 +899,12 @@ def _check_combinations(config: Config) -> None:
         section, name = path.split(".")
         if getattr(getattr(config, section), name) <= 0:
             raise ConfigError(f'{path} = "0s": must be longer than 0')
-    for broken, sentence in (*_limit_rules(config), *_other_rules(config)):
+    for broken, sentence in (
+        *_limit_rules(config),
+        *_other_rules(config),
+        *_weather_rules(config),
+        *_chat_rules(config),
+    ):
         if broken:
             raise ConfigError(sentence)
 
@@ -822,6 +958,73 @@ def _other_rules(config: Config) -> list[tuple[bool, str]]:
             len({key.name for key in config.api.keys}) < len(config.api.keys),
             "api.keys: two keys have the same name",
         ),
+    ]
+
+
+def _weather_rules(config: Config) -> list[tuple[bool, str]]:
+    weather = config.weather
+    if weather.provider == "sample":
+        return []
+    return [
+        (not _is_url(weather.url), "weather.url: must be https://<your API host>"),
+        (
+            bool(weather.key) == bool(weather.jwt_key),
+            "weather.provider = 'qweather': needs weather.key or weather.jwt_key, and not both",
+        ),
+        (not _is_key(weather.key), "weather.key: holds characters that no key has"),
+        (
+            bool(weather.jwt_key) and not (weather.jwt_id and weather.jwt_project),
+            "weather.jwt_key: needs weather.jwt_id and weather.jwt_project",
+        ),
+        (
+            weather.call_timeout >= weather.timeout,
+            f'weather.call_timeout = "{weather.call_timeout:g}s": must be shorter than '
+            f'weather.timeout ("{weather.timeout:g}s")',
+        ),
+        _within_handlers(config, "weather.timeout", weather.timeout),
+    ]
+
+
+def _chat_rules(config: Config) -> list[tuple[bool, str]]:
+    chat = config.chat
+    if chat.provider == "echo":
+        return []
+    return [
+        (not _is_url(chat.url), "chat.url: must be https://..., e.g. https://api.openai.com/v1"),
+        (not chat.model, "chat.provider = 'openai': needs chat.model"),
+        (not _is_key(chat.key), "chat.key: holds characters that no key has"),
+        _within_handlers(config, "chat.timeout", chat.timeout),
+    ]
+
+
+def _within_handlers(config: Config, path: str, seconds: float) -> tuple[bool, str]:
+    """A provider gives up before its handler is: only it can say why."""
+    longest = config.handlers.timeout
+    return (
+        seconds >= longest,
+        f'{path} = "{seconds:g}s": must be shorter than handlers.timeout ("{longest:g}s")',
+    )
+
+
+def _is_url(text: str) -> bool:
+    """Whether requests can be made below it. A query or a user would end up in the log."""
+    host = r"([\w.\-]+|\[[0-9A-Fa-f:.]+\])"
+    return bool(re.fullmatch(rf"https?://{host}(:\d{{1,5}})?(/[\w.\-~%/]*)?", text, re.ASCII))
+
+
+def _is_key(text: str) -> bool:
+    """Whether a header can hold it."""
+    return text.isascii() and text.isprintable()
+
+
+def _cleartext_keys(config: Config) -> list[str]:
+    """Warnings for keys that everybody on the way can read."""
+    return [
+        f"{name}.url is http://: {name}.key travels in clear"
+        for name, section in (("weather", config.weather), ("chat", config.chat))
+        if section.key
+        and section.url.startswith("http://")
+        and not re.match(r"http://(localhost|127\.|\[::1\])", section.url)
     ]
 
 

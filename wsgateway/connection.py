@@ -32,7 +32,7 @@ from wsgateway.config import Limits
 from wsgateway.handlers import Reach
 from wsgateway.handshake import Malformed, Reader, Visit
 from wsgateway.metrics import Metrics
-from wsgateway.providers import Services
+from wsgateway.providers import History, Services
 from wsgateway.session import Action, Session, Stop, Wait
 from wsgateway.wire import CloseCode
 
@@ -148,11 +148,13 @@ class Connection(asyncio.Protocol):
         "_written",
         "address",
         "heard_at",
+        "history",
         "id",
         "identity",
         "messages",
         "opened_at",
         "phase",
+        "versioned",
         "wheel_slot",
     )
 
@@ -164,6 +166,9 @@ class Connection(asyncio.Protocol):
         self.phase = HANDSHAKE
         self.address = ""
         self.identity: Identity | None = None
+        self.history: History | None = None
+        self.versioned = False
+        """Whether the client offered `wsgateway.v1`."""
         self.heard_at = self.opened_at = monotonic()
         self.messages = 0
         self.wheel_slot = 0
@@ -208,6 +213,11 @@ class Connection(asyncio.Protocol):
     @property
     def gateway(self) -> Reach:
         return self._door.gateway
+
+    @property
+    def busy(self) -> bool:
+        """Whether one of its messages waits for an answer."""
+        return self._task is not None
 
     @property
     def session(self) -> Session | None:
@@ -347,7 +357,8 @@ class Connection(asyncio.Protocol):
         if self._task is not None:
             self._task.cancel()
         self._door.lost(self)
-        self._session = self._pending = self._held = self._core = self._request = None
+        self._session = self._pending = self._held = self._core = None
+        self._request = self.history = None
 
     # Reading.
 
@@ -359,6 +370,7 @@ class Connection(asyncio.Protocol):
             self.respond(asked.answer)
         elif asked is not None:
             self.phase = DECIDING
+            self.versioned = asked.versioned
             self._early = self._request.rest
             self._request = None
             self._door.requested(self, asked)

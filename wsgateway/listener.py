@@ -267,10 +267,14 @@ class Listener:
                     await asyncio.sleep(0)
 
     async def _drain(self) -> None:
-        """Tell every device to come back, spread over the first part of the window, then wait."""
+        """Tell every device to come back, spread over the first part of the window, then wait.
+
+        A device that waits for an answer is told once it has it, or after ``drain.grace``.
+        """
         self._admission.draining = True
         window = self._config.drain.window
-        end = monotonic() + window
+        now = monotonic()
+        end, patient_until = now + window, now + min(self._config.drain.grace, window / 2)
         log.info("draining connections=%s seconds=%g", len(self._connections), window)
         waiting = list(self._connections)
         pauses = max(1, int(window * 0.5 / TICK))
@@ -278,8 +282,11 @@ class Listener:
         while waiting:
             if monotonic() >= end:
                 batch = len(waiting)  # late: all the rest at once
-            part, waiting = waiting[:batch], waiting[batch:]
-            for connection in part:
+            patient = monotonic() < patient_until
+            due = [each for each in waiting if not (patient and each.busy)][:batch]
+            told = set(due)
+            waiting = [each for each in waiting if each not in told]
+            for connection in due:
                 retry_ms = random.randint(0, max(1, int(window * 1000)))  # noqa: S311 - spreads
                 if connection.phase is Phase.OPEN:
                     connection.close(CloseCode.RESTART, f'{{"retry_ms":{retry_ms}}}')

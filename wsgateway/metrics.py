@@ -66,6 +66,18 @@ class Metrics:
     log_lines_dropped: int = 0
     """Log lines that were not written because the log was slower than the gateway."""
 
+    provider_requests: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Requests to outside services, by provider and outcome: ok, what failed, or why none was made
+    (paused, busy)."""
+    provider_pauses: Counter[str] = field(default_factory=Counter)
+    """Times that a service which failed began to be left alone, by provider."""
+    weather_answers: Counter[str] = field(default_factory=Counter)
+    """Weather asked for, by source: cache, service, or shared with a request under way."""
+    chat_tokens: Counter[str] = field(default_factory=Counter)
+    """Tokens that the chat service counted, by kind: prompt, completion."""
+    chat_cost_micros: int = 0
+    """What these tokens cost, in millionths of the currency of the configured prices."""
+
     redis_states: dict[str, str] = field(default_factory=dict)
     """How each connection to Redis stands, by what it is for."""
     redis_overflows: int = 0

@@ -35,6 +35,7 @@ from wsgateway.gateway import Gateway
 from wsgateway.hub import Hub
 from wsgateway.listener import Listener
 from wsgateway.metrics import Metrics
+from wsgateway.providers import Services
 from wsgateway.roster import Roster
 from wsgateway.sends import Sends
 from wsgateway.session import Rules
@@ -59,6 +60,7 @@ class Instance:
     sends: Sends
     roster: Roster
     control: Control
+    services: Services
     federation: Federation | None
     metrics: Metrics
 
@@ -91,6 +93,7 @@ async def serve(
     instance = build(config, metrics or Metrics())
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
+        await enter(instance.services.running())
         await enter(instance.authenticator.running(instance.listener.recheck_tokens))
         queue = await enter(instance.federation.running(instance)) if instance.federation else None
         api_address = await enter(_open_api(config, instance, queue))
@@ -119,6 +122,7 @@ def build(config: Config, metrics: Metrics) -> Instance:
     cluster = Cluster(name, mirror, metrics)
     roster = Roster(hub, name)
     accounts = Accounts(database, authenticator)
+    services = providers.build(config, metrics)
     return Instance(
         gateway=gateway,
         listener=Listener(
@@ -126,7 +130,7 @@ def build(config: Config, metrics: Metrics) -> Instance:
             admission,
             authenticator,
             gateway,
-            providers.build(config),
+            services,
             metrics,
             connection_limit(config),
         ),
@@ -137,6 +141,7 @@ def build(config: Config, metrics: Metrics) -> Instance:
         sends=Sends(gateway, cluster, mirror, metrics),
         roster=roster,
         control=Control(cluster, roster, accounts),
+        services=services,
         federation=federation,
         metrics=metrics,
     )

@@ -43,12 +43,16 @@ LABELS = {
     "errors": "code",
     "dropped": "reason",
     "lookups": "source",
+    "provider_requests": "provider outcome",
+    "provider_pauses": "provider",
+    "weather_answers": "source",
+    "chat_tokens": "kind",
     "mirror_published": "fate",
     "mirror_rejected": "reason",
     "queue_items": "fate",
     "api_requests": "status",
 }
-"""The label of each counter that has one."""
+"""The label of each counter that has one, or its labels in the order of its keys' parts."""
 
 NAMES = {
     "mirror_lag": "mirror_lag_seconds",
@@ -132,9 +136,10 @@ def _name(field: str, value: Any) -> str:
 def _family(field: str, meaning: str, value: Any) -> Metric:
     name = _name(field, value)
     if field in LABELS:
-        counters = CounterMetricFamily(name, meaning, labels=[LABELS[field]])
+        counters = CounterMetricFamily(name, meaning, labels=LABELS[field].split())
         for label, number in value.items():
-            counters.add_metric([str(label)], number)
+            parts = label if isinstance(label, tuple) else (label,)
+            counters.add_metric([str(part) for part in parts], number)
         return counters
     if isinstance(value, dict):
         states = GaugeMetricFamily(name, meaning, labels=["connection", "state"])

@@ -6,8 +6,9 @@ import argparse
 import asyncio
 import sys
 
-from wsgateway import demo, handlers, server
+from wsgateway import demo, handlers, providers, server
 from wsgateway.cli import settings
+from wsgateway.metrics import Metrics
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -15,6 +16,7 @@ def serve(arguments: argparse.Namespace) -> None:
     loaded = settings.load(arguments)
     if arguments.check:
         handlers.load(loaded.config.handlers.modules)
+        providers.build(loaded.config, Metrics())
         print(f"configuration ok ({loaded.file or 'defaults'})")
         return
     if not arguments.demo:

@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from wsgateway.errors import ConfigError, InvalidMessage
-from wsgateway.providers import Services
+from wsgateway.providers import History, Services
 from wsgateway.wire import ABSENT
 
 BUILT_IN = ("wsgateway.handlers.basic", "wsgateway.handlers.services")
@@ -50,10 +50,18 @@ class Reach(Protocol):
 class Device(Protocol):
     """The device that a message came from."""
 
+    history: History | None
+    """What was said to the chat on this connection; None until something is."""
+
     @property
     def user_id(self) -> int: ...
     @property
     def device_id(self) -> int | None: ...
+    @property
+    def versioned(self) -> bool:
+        """Whether it offered `wsgateway.v1`, and so may be sent more than plain clients expect."""
+        ...
+
     @property
     def services(self) -> Services:
         """The configured weather and chat."""

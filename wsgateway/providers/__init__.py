@@ -6,12 +6,19 @@ words and returns values, or raises `ServiceError` with a reason that a person u
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from wsgateway.config import Config
+from wsgateway.metrics import Metrics
 from wsgateway.providers.echo import EchoChat
+from wsgateway.providers.history import History
 from wsgateway.providers.sample import SampleWeather
+
+__all__ = ["Chat", "History", "Services", "Weather", "build"]
 
 
 class Weather(Protocol):
@@ -30,17 +37,35 @@ class Weather(Protocol):
         """
         ...
 
+    async def check(self) -> None:
+        """Ask the service once, for real. Raises ServiceError with why it does not work."""
+        ...
+
 
 class Chat(Protocol):
     """A partner in conversation."""
 
-    async def reply(self, text: str, *, user_id: int) -> str:
-        """The answer to what a user says.
+    async def reply(
+        self,
+        text: str,
+        *,
+        user_id: int,
+        history: History,
+        delta: Callable[[str], object] | None = None,
+    ) -> str:
+        """The answer to what a user says, after what both said before.
+
+        ``history`` is the conversation's own, to be read and added to. ``delta``, where given, may
+        be called with the parts of the answer as they come; all of them make up the answer.
 
         Raises:
             ServiceError: why there is none, in words for the device. Cancelling is safe.
 
         """
+        ...
+
+    async def check(self) -> None:
+        """Ask the service once, for real. Raises ServiceError with why it does not work."""
         ...
 
 
@@ -50,10 +75,35 @@ class Services:
 
     weather: Weather
     chat: Chat
+    parts: tuple[Callable[[], AbstractAsyncContextManager[None]], ...] = ()
+    """What must run for them, in this order."""
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Let the providers be asked; on leaving no request is under way and nothing is open."""
+        async with contextlib.AsyncExitStack() as stack:
+            for part in self.parts:
+                await stack.enter_async_context(part())
+            yield
 
 
-def build(config: Config) -> Services:
-    """The providers that the configuration names."""
-    weather = {"sample": SampleWeather}[config.weather.provider]
-    chat = {"echo": EchoChat}[config.chat.provider]
-    return Services(weather(), chat())
+def build(config: Config, metrics: Metrics) -> Services:
+    """The providers that the configuration names. Raises ConfigError for what they cannot use."""
+    weather: Weather = SampleWeather()
+    chat: Chat = EchoChat()
+    if config.weather.provider == "sample" and config.chat.provider == "echo":
+        return Services(weather, chat)
+    from wsgateway.providers.outbound import Outbound  # an HTTP client only where it is needed
+
+    outbound = Outbound()
+    parts: list[Callable[[], AbstractAsyncContextManager[None]]] = [outbound.running]
+    if config.weather.provider == "qweather":
+        from wsgateway.providers.qweather import QWeather
+
+        weather = qweather = QWeather(config.weather, outbound, metrics)
+        parts.append(qweather.running)
+    if config.chat.provider == "openai":
+        from wsgateway.providers.openai import OpenAIChat
+
+        chat = OpenAIChat(config.chat, outbound, metrics)
+    return Services(weather, chat, tuple(parts))

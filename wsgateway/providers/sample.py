@@ -17,3 +17,6 @@ class SampleWeather:
             },
             "sample": True,
         }
+
+    async def check(self) -> None:
+        """Nothing can be wrong with it."""
