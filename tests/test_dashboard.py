@@ -94,7 +94,9 @@ async def test_an_operator_looks_sends_and_cuts(
 ) -> None:
     key = await accounts.add_token(scope="admin")
     async with gateway.device() as device, opened(f"{gateway.api_url}/", tmp_path) as page:
-        await page.until("document.querySelector('main')?.hidden", True)
+        # Before its script has run, the page would post the form itself.
+        await page.until("document.readyState", "complete")
+        await page.until("document.querySelector('main').hidden", True)
 
         await page.run("key_ = document.getElementById('key'); key_.value = 'wrong'")
         await page.run("document.querySelector('#login button').click()")

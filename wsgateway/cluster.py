@@ -42,6 +42,11 @@ Answerer = Callable[[Mapping[str, Any]], Awaitable[Answer]]
 class Post(Protocol):
     """The way to other instances' own channels."""
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known which other instances there are."""
+        ...
+
     def tell(self, name: str, data: bytes) -> object: ...
 
 
@@ -69,6 +74,8 @@ class Cluster:
         self._answerers: dict[str, Answerer] = {}
         self._questions: dict[str, _Question] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.on_reunion: Callable[[], None] = lambda: None
+        """Called when the others can be asked again after they could not."""
         self.on_receipts: Callable[[str, list[Any]], None] = lambda _name, _receipts: None
 
     @property
@@ -100,7 +107,8 @@ class Cluster:
                 await asyncio.wait({asked.answered}, timeout=seconds)
         finally:
             self._questions.pop(question_id, None)
-        return Answers({self.name: own, **asked.answers}, not asked.missing)
+        is_settled = self._post is None or self._post.is_settled
+        return Answers({self.name: own, **asked.answers}, is_settled and not asked.missing)
 
     def tell(self, name: str, word: Mapping[str, Any]) -> None:
         """Send a word to one instance. Never waits."""
@@ -110,6 +118,7 @@ class Cluster:
     def hears_again(self) -> None:
         """Believe that who was alive before still is: beats could not be heard for a while."""
         self._beats = dict.fromkeys(self._beats, monotonic())
+        self.on_reunion()
 
     def heard_beat(self, name: str) -> None:
         """Note that an instance is alive."""
@@ -173,7 +182,8 @@ class Cluster:
     def _spawn(
         self, sender: str, question_id: str, question: str, about: Mapping[str, Any]
     ) -> None:
-        if question not in self._answerers or len(self._tasks) >= MAX_QUESTIONS:
+        known = question in self._answerers and isinstance(about, dict)
+        if not known or len(self._tasks) >= MAX_QUESTIONS:
             self._metrics.mirror_rejected["question"] += 1
             return
         task = asyncio.create_task(self._reply(sender, question_id, question, about))
@@ -185,6 +195,8 @@ class Cluster:
     ) -> None:
         try:
             answer = await self._answerers[question](about)
+        except (KeyError, TypeError, ValueError):  # anybody may ask anything
+            self._metrics.mirror_rejected["question"] += 1
         except Exception:  # its asker is told that nothing came
             log.exception("a question of another instance failed: %s", question)
         else:

@@ -6,6 +6,8 @@ nor Redis commands.
 
 from __future__ import annotations
 
+import asyncio
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -21,6 +23,10 @@ MAX_PAGE: Final = 1000
 """Entries in one answer, about 250 KB."""
 
 
+MAX_UNHEARD: Final = 1000
+"""Revoked tokens that are told again once the others can hear; the oldest is forgotten first."""
+
+
 class Control:
     """Asks all instances at once, this one too."""
 
@@ -28,6 +34,9 @@ class Control:
         self._cluster = cluster
         self._roster = roster
         self._accounts = accounts
+        self._unheard: OrderedDict[str, None] = OrderedDict()
+        self._telling: asyncio.Task[None] | None = None
+        cluster.on_reunion = self.tell_unheard
         cluster.answer("connections", self._connections)
         cluster.answer("users", self._users)
         cluster.answer("disconnect", self._disconnect)
@@ -65,7 +74,23 @@ class Control:
 
     async def revoke(self, token_hash: str) -> dict[str, Any]:
         """End a token everywhere and its connections with 4001; as `disconnect`."""
-        return _cut(await self._cluster.ask("revoke", {"hash": token_hash}, SECONDS))
+        answers = await self._cluster.ask("revoke", {"hash": token_hash}, SECONDS)
+        if not answers.complete:
+            self._unheard[token_hash] = None
+            if len(self._unheard) > MAX_UNHEARD:
+                self._unheard.popitem(last=False)
+        return _cut(answers)
+
+    def tell_unheard(self) -> None:
+        """Tell again of tokens that ended while not every instance could hear it."""
+        if self._unheard and (self._telling is None or self._telling.done()):
+            self._telling = asyncio.get_running_loop().create_task(self._tell_unheard())
+
+    async def _tell_unheard(self) -> None:
+        await asyncio.sleep(SECONDS)  # until it is known who is there
+        for token_hash in list(self._unheard):
+            if (await self._cluster.ask("revoke", {"hash": token_hash}, SECONDS)).complete:
+                self._unheard.pop(token_hash, None)
 
     async def set_active(self, user_id: int, active: bool) -> dict[str, Any]:
         """Enable or disable a user everywhere; as `disconnect`."""

@@ -10,7 +10,8 @@ groups nor loops.
 
 ``origin`` is an instance's name, ``epoch`` random at its start. ``seq`` counts per origin, epoch
 and channel from 1. The first letter of ``id`` says what the sender wants: a receipt (`m`), a receipt
-for a message that may be repeated (`k`), or none (`q`).
+for a message that its caller (`k`) or the queue (`i`) may repeat, or none (`q`). The id of a caller's
+ends with a dot and a fingerprint of what it says.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from wsgateway import wire
 QUIET: Final = "q"
 ASKED: Final = "m"
 KEYED: Final = "k"
+ITEM: Final = "i"
 
 MAX_SEQ: Final = 2**53
 """Larger numbers are not exact in every program's JSON."""

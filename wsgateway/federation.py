@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from wsgateway import background
+from wsgateway.accounts import Accounts
 from wsgateway.cluster import Cluster
 from wsgateway.config import Config
 from wsgateway.ingest import Ingest
@@ -26,6 +27,8 @@ from wsgateway.sends import Sends
 class Parts(Protocol):
     """What of an instance hears from Redis."""
 
+    @property
+    def accounts(self) -> Accounts: ...
     @property
     def cluster(self) -> Cluster: ...
     @property
@@ -87,6 +90,7 @@ class Federation:
                     self._pipeline,
                     popper,
                     sends,
+                    parts.accounts.exists,
                     prefix,
                     self._name,
                     self._epoch,

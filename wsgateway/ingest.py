@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import orjson
 
@@ -60,6 +60,7 @@ class Ingest:
         pipeline: Pipeline,
         popper: Pipeline,
         sends: Sends,
+        exists: Callable[[Literal["user"], int], Awaitable[bool]],
         prefix: str,
         name: str,
         epoch: str,
@@ -70,6 +71,7 @@ class Ingest:
         self._pipeline = pipeline
         self._popper = popper  # of its own, as popping waits
         self._sends = sends
+        self._exists = exists
         self._max_message = max_message
         self._metrics = metrics
         self._holder = f"{name}:{epoch}"
@@ -173,9 +175,9 @@ class Ingest:
                 log.error("the queue cannot be read: %s is no list?", self._settings.name)
                 await asyncio.sleep(RENEW_SECONDS)
             elif item is not None:
-                if not self.holds_lease:
-                    return  # it is in our list: whoever holds the lease puts it back
-                await self._handle(item)
+                # Else it stays in our list: whoever holds the lease puts it back.
+                if not self.holds_lease or not await self._handle(item):
+                    return
                 done = item
             if monotonic() > renew_at or not self.holds_lease:
                 if done is not None:
@@ -183,28 +185,33 @@ class Ingest:
                 await self._renew()
                 return
 
-    async def _renew(self) -> None:
+    async def _renew(self, *, in_hand: bool = False) -> None:
         asked_at = monotonic()
         reply = (
             await self._pipeline.call(("EVAL", _RENEW, 1, self._lease, self._holder, LEASE_MS))
         )[0]
         self._held_until = asked_at + LEASE_MS / 1000 if reply == 1 else 0.0
-        if self.holds_lease:
+        if self.holds_lease and not in_hand:
             await self._put_back()  # what a connection that was cut took after its end
 
-    async def _handle(self, item: bytes) -> None:
+    async def _handle(self, item: bytes) -> bool:
+        """Send an item, or put it where bad ones go; False if the lease was lost before that."""
         try:
             user_id, payload = self._read(item)
+            if not await self._exists("user", user_id):
+                raise Rejected("no such user")
         except Rejected as error:
             await self._reject(item, str(error))
-            return
-        message_id = envelope.new_id(envelope.KEYED)
-        while True:
+            return True
+        message_id = envelope.new_id(envelope.ITEM)
+        while self.holds_lease:
             receipt = await self._sends.send(user_group(user_id), payload, message_id, 2.0)
-            if receipt.fate is Fate.TAKEN or not self.holds_lease:
-                break  # other instances drop what they have seen, should it come again
-            await asyncio.sleep(RETRY_PAUSE)
-        self._metrics.queue_items["sent"] += 1
+            if receipt.fate is Fate.TAKEN:
+                self._metrics.queue_items["sent"] += 1
+                return True
+            await asyncio.sleep(RETRY_PAUSE)  # who got it already drops the repetition
+            await self._renew(in_hand=True)
+        return False
 
     def _read(self, item: bytes) -> tuple[int, bytes]:
         """The user and the message, as JSON, of an item. Raises Rejected."""

@@ -7,6 +7,7 @@ neither Redis nor loops; the time is passed in, in seconds of a monotonic clock.
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import islice
 from typing import Final
 
 MAX_SENT: Final = 100_000
@@ -40,10 +41,17 @@ class Sent:
             self._generation += 1
         return entry
 
-    def take_used(self) -> dict[str, tuple[str, int]]:
-        """The last number of each channel used since this was asked last."""
-        used, self._used = self._used, {}
-        return used
+    @property
+    def is_used(self) -> bool:
+        """Whether a channel was used that was not taken yet."""
+        return bool(self._used)
+
+    def take_used(self, limit: int) -> dict[str, tuple[str, int]]:
+        """The last number of channels used since they were taken last; ``limit`` at most."""
+        taken = dict(islice(self._used.items(), limit))
+        for channel in taken:
+            del self._used[channel]
+        return taken
 
     def repeat(self) -> None:
         """Count every channel as used, for somebody who may have missed what was said of them."""

@@ -21,15 +21,7 @@ from time import monotonic
 from typing import Final
 
 from wsgateway import envelope
-from wsgateway.envelope import (
-    BEAT_CHANNELS,
-    BadEnvelope,
-    Beat,
-    Envelope,
-    Fate,
-    Published,
-    Resync,
-)
+from wsgateway.envelope import BadEnvelope, Beat, Envelope, Fate, Published, Resync
 from wsgateway.gateway import ALL
 from wsgateway.ledger import Received, Sent
 from wsgateway.link import (
@@ -41,6 +33,7 @@ from wsgateway.link import (
     Pipeline,
     Redis,
     State,
+    state_of,
     stay,
 )
 from wsgateway.metrics import Metrics
@@ -102,6 +95,7 @@ class Mirror:
         self._heard_at = self._probe_sent_at = 0.0
         self._proved_at = self._up_since = monotonic()
         self._probe_sent = b""
+        self._repeated_at = 0.0
         self.first_up = asyncio.Event()
         """Set once the mirror works for the first time."""
         self._beat_is_due = asyncio.Event()
@@ -244,14 +238,20 @@ class Mirror:
             return
         if isinstance(found, Resync):
             self._on_beat(found.origin)
-            if found.origin != self._name:
+            if found.origin != self._name and monotonic() - self._repeated_at > BEAT_INTERVAL:
+                self._repeated_at = monotonic()
                 self._sent.repeat()
                 self._beat_is_due.set()
             return
         if isinstance(found, Envelope):
             if found.origin == self._name and found.epoch.startswith(self._epoch):
                 return  # our own echo
-            missing = self._received.message(channel, found.origin, found.epoch, found.seq)
+            # Before Redis confirmed a channel, or after it was left, nothing is counted: what comes
+            # then is of the subscription before.
+            counts = self._subscriptions.hears(channel)
+            missing: int | None = 0
+            if counts:
+                missing = self._received.message(channel, found.origin, found.epoch, found.seq)
             if missing is None:
                 self._metrics.mirror_duplicates += 1
                 return
@@ -335,7 +335,7 @@ class Mirror:
             self._probe_sent = f"probe {self._epoch} {secrets.token_hex(8)}".encode()
             self._probe_sent_at = monotonic()
             outcome = await self.tell(self._name, self._probe_sent)
-            taken = outcome.fate is Fate.TAKEN
+            taken = self._was_taken(outcome)
             await asyncio.sleep(PROBE_INTERVAL if taken else RETRY_INTERVAL)
             now = monotonic()
             if not taken:
@@ -349,26 +349,31 @@ class Mirror:
             if not self._noted:
                 await self._note_all()
             outcome = await self._pipeline.submit(self._build_beat)
-            if outcome.fate is not Fate.TAKEN:
+            if not self._was_taken(outcome):
                 self._sent.repeat()
             elif outcome.replies[-1] != 1:
                 await self._note_all()  # Redis lost its data
+            elif self._sent.is_used:
+                continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BEAT_INTERVAL):
                     await self._beat_is_due.wait()
             self._beat_is_due.clear()
 
     def _build_beat(self) -> list[Command]:
-        used = list(self._sent.take_used().items())
-        parts = [
-            dict(used[start : start + BEAT_CHANNELS])
-            for start in range(0, max(1, len(used)), BEAT_CHANNELS)
-        ]
-        beats = [envelope.seal_beat(self._name, part) for part in parts]
+        beat = envelope.seal_beat(self._name, self._sent.take_used(envelope.BEAT_CHANNELS))
         return [
-            *(("PUBLISH", self.channel(ALL), beat) for beat in beats),
+            ("PUBLISH", self.channel(ALL), beat),
             ("EXPIRE", self._groups_of(self._name), GROUPS_TTL),
         ]
+
+    def _was_taken(self, outcome: Outcome) -> bool:
+        """Whether Redis did what was asked; if it refuses, the state says so."""
+        if outcome.fate is not Fate.TAKEN:
+            return False
+        refused = next((reply for reply in outcome.replies if isinstance(reply, Exception)), None)
+        self._pipeline.condition.set(State.UP if refused is None else state_of(refused))
+        return refused is None
 
     def _build_resync(self) -> list[Command]:
         return [("PUBLISH", self.channel(ALL), envelope.seal_resync(self._name))]

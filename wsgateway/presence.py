@@ -34,9 +34,6 @@ RETRY_INTERVAL: Final = 0.2
 TTL: Final = 15
 """Seconds after its last beat that an instance and its connections are gone."""
 
-FORGET: Final = 3600
-"""Seconds after its last beat that an instance's name is forgotten; far more than clocks differ."""
-
 BATCH: Final = 500
 """Connections written or removed in one command, about 100 KB."""
 
@@ -63,6 +60,7 @@ class Presence:
         self._instances = f"{prefix}instances"
         self._alive = f"{prefix}alive:{name}"
         self._online = f"{prefix}online:{name}"
+        self._groups = f"{prefix}groups:{name}"  # the mirror's, which is gone with us
         self._written: dict[str, float] = {}
         self._started_at = time.time()
         self._condition = Condition("presence", metrics)
@@ -76,7 +74,7 @@ class Presence:
         finally:
             goodbye = self._pipeline.submit(
                 lambda: [
-                    ("DEL", self._alive, self._online),
+                    ("DEL", self._alive, self._online, self._groups),
                     ("ZREM", self._instances, self._name),
                 ]
             )
@@ -106,7 +104,7 @@ class Presence:
                 ("SET", self._alive, orjson.dumps(about), "EX", TTL),
                 ("EXPIRE", self._online, TTL),
                 ("ZADD", self._instances, time.time(), self._name),
-                ("ZREMRANGEBYSCORE", self._instances, 0, time.time() - FORGET),
+                ("ZREMRANGEBYSCORE", self._instances, 0, time.time() - TTL),
             ]
         )
         if not replies:

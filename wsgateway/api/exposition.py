@@ -108,13 +108,18 @@ class _Collector(Collector):
         self._api = api
 
     def collect(self) -> Iterator[Metric]:
+        for metric in self._metrics():
+            for sample in metric.samples:
+                sample.labels["instance_name"] = self._api.cluster.name
+            yield metric
+
+    def _metrics(self) -> Iterator[Metric]:
         api = self._api
         yield InfoMetricFamily(
             "wsgateway_build",
             GAUGES["wsgateway_build_info"],
             {
                 "version": __version__,
-                "instance_name": api.cluster.name,
                 "python": platform.python_version(),
             },
         )
