@@ -334,8 +334,9 @@ async def test_who_requires_somebody_online_is_told_when_nobody_is(backend: Back
     path = "/api/messages?require=online"
     assert (await backend.post(path, CHAT)).told == (404, "offline", None)
     async with backend.instance.device() as device:
-        assert receipt_of(await backend.post(f"{path}&wait=none", CHAT)) == receipt(1)
+        assert receipt_of(await backend.post(path, CHAT)) == receipt(1)
         assert (await received(device))["message"] == CHAT["message"]
+        assert (await backend.post(f"{path}&wait=none", CHAT)).told == (*INVALID, "require")
 
 
 async def test_sends_of_one_caller_arrive_in_order(backend: Backend) -> None:
@@ -397,9 +398,9 @@ async def test_a_batch_answers_each_send_in_order_with_what_the_single_call_woul
     ]
     expected = [
         receipt(1),
-        (404, "not_found", None),
+        (404, "not_found", "user_id"),
         receipt(1),
-        (404, "not_found", None),
+        (404, "not_found", "device_id"),
         receipt(1, users=1),
         (400, "missing", "user_id"),
         (422, "invalid", "user_id"),
@@ -509,10 +510,10 @@ BAD_BODIES: dict[str, tuple[bytes, tuple[Any, ...]]] = {
     "user in foreign digits": (sent(user_id="١"), (*INVALID, "user_id")),
     "user signed": (sent(user_id="-1"), (*INVALID, "user_id")),
     "user a list": (sent(user_id=[1]), (*INVALID, "user_id")),
-    "user 2^63-1, unknown": (sent(user_id=2**63 - 1), (404, "not_found", None)),
-    "user of 18 digits, unknown": (sent(user_id="9" * 18), (404, "not_found", None)),
-    "user unknown": (sent(user_id=99), (404, "not_found", None)),
-    "user 0, unknown": (sent(user_id=0), (404, "not_found", None)),
+    "user 2^63-1, unknown": (sent(user_id=2**63 - 1), (404, "not_found", "user_id")),
+    "user of 18 digits, unknown": (sent(user_id="9" * 18), (404, "not_found", "user_id")),
+    "user unknown": (sent(user_id=99), (404, "not_found", "user_id")),
+    "user 0, unknown": (sent(user_id=0), (404, "not_found", "user_id")),
     "a list": (b"[]", (*INVALID, "body")),
     "a text": (b'"x"', (*INVALID, "body")),
     "null": (b"null", (*INVALID, "body")),
@@ -565,7 +566,12 @@ BAD_CALLS: dict[str, tuple[str, str, object, tuple[Any, ...]]] = {
             for query in queries
         ),
         *(
-            ("POST", f"/api/{path}/messages", {"message": 1}, (404, "not_found", None))
+            (
+                "POST",
+                f"/api/{path}/messages",
+                {"message": 1},
+                (404, "not_found", f"{path.split('s/')[0]}_id"),
+            )
             for path in (
                 *("users/99", "users/-1", "users/0", "users/alice", "users/%D9%A1", "users/1.0"),
                 *(f"users/{2**63}", f"users/{'9' * 5000}", "devices/99", f"devices/{2**63}"),
@@ -579,23 +585,31 @@ BAD_CALLS: dict[str, tuple[str, str, object, tuple[Any, ...]]] = {
             for path in ("users/online", "connections", "tokens")
             for query in ("limit=0", "limit=1001", "limit=-1", "limit=x", "limit=1.5", "cursor=")
         ),
+        ("GET", "/api/connections?user=1", None, (*INVALID, "user")),
+        ("GET", "/api/stats?x=1", None, (*INVALID, "x")),
+        ("POST", "/api/broadcast?dry_run=1", {"message": 1}, (*INVALID, "dry_run")),
         ("GET", "/api/connections?user_id=x", None, (*INVALID, "user_id")),
         ("GET", "/api/connections?device_id=-1", None, (*INVALID, "device_id")),
         ("GET", f"/api/tokens?user_id={2**63}", None, (*INVALID, "user_id")),
         *(
+            (method, path, None, (404, "not_found", field))
+            for method, path, field in (
+                ("GET", "/api/users/99", "user_id"),
+                ("GET", "/api/devices/99", "device_id"),
+                ("GET", "/api/users/x", "user_id"),
+                ("DELETE", "/api/tokens/x", "token_id"),
+                ("POST", "/api/users/99/disable", "user_id"),
+                ("POST", "/api/users/99/enable", "user_id"),
+            )
+        ),
+        *(
             (method, path, None, (404, "not_found", None))
             for method, path in (
-                ("GET", "/api/users/99"),
-                ("GET", "/api/devices/99"),
-                ("GET", "/api/users/x"),
                 ("DELETE", "/api/connections/none"),
                 ("DELETE", "/api/connections/%00%ff"),
                 ("DELETE", "/api/tokens/99"),
                 ("DELETE", "/api/tokens/0"),
-                ("DELETE", "/api/tokens/x"),
                 ("DELETE", f"/api/tokens/{'9' * 18}"),
-                ("POST", "/api/users/99/disable"),
-                ("POST", "/api/users/99/enable"),
                 ("GET", "/api/nothing"),
                 ("GET", "/api/messages/"),
                 ("GET", "/api/users/../../etc/passwd"),

@@ -143,6 +143,12 @@ async def test_size_enqueue_and_clear_over_http(
         for number in range(3):
             answer = await p.data(a, "POST", "/api/queue", body | {"user_id": "1"})
             assert answer == {"waiting": number + 1}
+        for bad, code, field in (
+            ({"user_id": 99}, 404, "user_id"),
+            ({"message": {"text": "x" * 70_000}}, 413, None),
+        ):
+            status, answer = await p.call(a, "POST", "/api/queue", body | bad)
+            assert (status, answer.get("field")) == (code, field)
         assert (await p.data(a, "GET", "/api/queue"))["waiting"] == 3
         assert await p.data(a, "DELETE", "/api/queue") == {"cleared": 3}
         assert (await p.data(a, "GET", "/api/queue"))["waiting"] == 0

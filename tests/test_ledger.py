@@ -119,13 +119,16 @@ def test_a_channel_whose_count_was_forgotten_never_repeats_a_number() -> None:
 def test_ids_are_known_for_their_time_and_no_more_are_kept_than_fit(
     size: int, data: list[tuple[int, int]]
 ) -> None:
-    seen, now = Seen(size, 10), 0
+    seen: Seen[int] = Seen(size, 10)
+    now = 0
     model: list[tuple[str, int]] = []
     for number, step in data:
         now += step
         model = [(one, at) for one, at in model if at + 10 > now]
         is_new = f"{number}" not in {one for one, _ in model}
-        assert seen.add(f"{number}", now) is is_new
+        known = seen.find(f"{number}", now)
+        assert known == (None if is_new else number)
         if is_new:
+            seen.note(f"{number}", number, now)
             model = [*model, (f"{number}", now)][-size:]
         assert len(seen) <= size

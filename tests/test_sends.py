@@ -186,8 +186,76 @@ async def test_a_repeated_key_reaches_nobody_twice_whichever_instance_is_asked(
         await p.send(p.a, 1, "end")
         for device in (first, second):
             assert [await received(device) for _ in range(3)] == ["once", "at once", "end"]
-        status, answer = await p.send(p.a, 1, "another body", Idempotency_Key="k1")
-        assert (status, answer["code"]) == (409, "conflict")
+
+
+async def test_a_repeated_key_has_the_receipt_of_the_first_and_another_body_is_a_conflict(
+    accounts: Accounts, redis_server: RedisServer, bob: str
+) -> None:
+    async with pair(accounts, redis_server) as p, p.a.device(bob) as device:
+        for instance in (p.a, p.b, p.b):
+            _, receipt = await p.send(instance, 2, "once", Idempotency_Key="k")
+            assert (receipt["matched"], receipt["written"]) == (1, 1)
+            assert receipt["instances"]["a"] == 1
+        for instance in (p.a, p.b):
+            status, answer = await p.send(instance, 2, "another body", Idempotency_Key="k")
+            assert (status, answer["code"]) == (409, "conflict")
+        batch = [
+            {"type": "t", "message": "x", "user_id": 2, "id": "k"},
+            {"type": "t", "message": "end", "user_id": 2},
+        ]
+        _, answer = await p.call(p.b, "POST", "/api/messages/batch", batch)
+        assert [one.get("http_status", 200) for one in answer["data"]["results"]] == [409, 200]
+        assert [await received(device) for _ in range(2)] == ["once", "end"]
+
+
+async def test_sends_with_and_without_keys_of_one_batch_keep_their_order(
+    accounts: Accounts, redis_server: RedisServer
+) -> None:
+    async with (
+        pair(accounts, redis_server) as p, p.a.device() as first, p.b.device() as second,
+    ):  # fmt: skip
+        batch = [
+            {"type": "t", "message": number, "user_id": 1}
+            | ({"id": f"{number}"} if number % 3 else {})
+            for number in range(100)
+        ]
+        await p.call(p.a, "POST", "/api/messages/batch?timeout=10", batch)
+        for device in (first, second):
+            assert [await received(device) for _ in range(100)] == list(range(100))
+
+
+async def test_who_waits_no_time_is_told_as_who_does_not_want_to_wait(
+    accounts: Accounts, redis_server: RedisServer, bob: str
+) -> None:
+    async with pair(accounts, redis_server) as p, p.b.device(bob) as device:
+        for query in ("?timeout=0", "?wait=none"):
+            status, receipt = await p.send(p.a, 2, "quick", query)
+            assert (status, receipt["matched"], receipt["complete"]) == (200, 0, False)
+            assert await received(device) == "quick"
+            status, answer = await p.send(p.a, 2, "x", f"{query}&require=online")
+            assert (status, answer["field"]) == (422, "require")
+        redis_server.stop()
+        await eventually(lambda: metrics(p.a).redis_states["publisher"] != "up")
+        status, answer = await p.send(p.a, 2, "x", "?wait=none")
+        assert (status, answer["code"]) == (503, "unavailable")
+
+
+async def test_who_does_not_wait_is_served_while_only_the_subscriber_is_gone(
+    accounts: Accounts, redis_server: RedisServer, bob: str
+) -> None:
+    async with pair(accounts, redis_server) as p, p.b.device(bob) as device:
+        await p.redis.client_kill_filter(_type="pubsub", skipme=False)
+        status, receipt = await p.send(p.a, 2, "maybe", "?wait=none")
+        assert (status, receipt["complete"]) == (200, False)
+        await eventually(
+            lambda: (
+                metrics(p.a).redis_states["subscriber"] == "up"
+                and metrics(p.b).redis_states["subscriber"] == "up"
+            ),
+            10,
+        )
+        await p.send(p.a, 2, "end", "?wait=none")
+        assert await received(device) in ("maybe", "end")
 
 
 async def test_keys_belong_to_their_caller(accounts: Accounts, redis_server: RedisServer) -> None:

@@ -89,7 +89,7 @@ class NotFound(GatewayError):
 
 
 class Conflict(GatewayError):
-    """What was to be created exists already."""
+    """What was asked for contradicts what is there already."""
 
 
 class Refused(GatewayError):

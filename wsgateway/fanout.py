@@ -46,12 +46,12 @@ class Delivery:
     members, never for a device; then ``written`` and ``dropped`` add up to ``matched``.
     """
 
-    __slots__ = ("_callback", "_done", "matched", "written")
+    __slots__ = ("_callbacks", "_done", "matched", "written")
 
     def __init__(self, matched: int) -> None:
         self.matched = matched
         self.written = 0
-        self._callback: Callable[[Delivery], None] | None = None
+        self._callbacks: tuple[Callable[[Delivery], None], ...] = ()
         self._done: asyncio.Future[None] | bool = matched == 0
 
     @property
@@ -67,15 +67,16 @@ class Delivery:
                 self._done.set_result(None)
         else:
             self._done = True
-        if self._callback is not None:
-            self._callback(self)
+        for callback in self._callbacks:
+            callback(self)
+        self._callbacks = ()
 
     def then(self, callback: Callable[[Delivery], None]) -> None:
-        """Call once it is done, at once if it is; one callback at most."""
+        """Call once it is done, at once if it is."""
         if self._done is True or (self._done is not False and self._done.done()):
             callback(self)
         else:
-            self._callback = callback
+            self._callbacks += (callback,)
 
     def __await__(self) -> Generator[object, None, Delivery]:
         if self._done is False:

@@ -97,6 +97,6 @@ class Federation:
                     self._config.limits.message_bytes,
                     self._metrics,
                 )
-                stack.push_async_callback(ingest.release)
                 await stack.enter_async_context(background.running(popper.run(), ingest.run()))
+                stack.push_async_callback(ingest.stop)
             yield ingest

@@ -11,6 +11,7 @@ back first. What cannot be sent goes to a list of rejected items, with the reaso
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from time import monotonic
@@ -38,6 +39,9 @@ POP_SECONDS: Final = 1
 
 RETRY_PAUSE: Final = 0.5
 """Seconds until an item is sent again that did not get through to Redis."""
+
+STOP_SECONDS: Final = 3.0
+"""How long an instance that stops may take for the item in hand: a look and a send."""
 
 REJECTED_BYTES: Final = 10_240
 """Bytes of a bad item that are kept."""
@@ -83,6 +87,8 @@ class Ingest:
         self._processing = self._processing_of(name)
         self._rejected = f"{prefix}rejected"
         self._held_until = 0.0
+        self._stopping = False
+        self._stopped = asyncio.Event()
 
     @property
     def holds_lease(self) -> bool:
@@ -107,8 +113,8 @@ class Ingest:
         return int(waiting)
 
     async def run(self) -> None:
-        """Take items whenever this instance holds the lease, for ever."""
-        while True:
+        """Take items whenever this instance holds the lease, until it stops."""
+        while not self._stopping:
             try:
                 if not self.holds_lease and not await self._acquire():
                     await asyncio.sleep(RENEW_SECONDS)
@@ -116,12 +122,18 @@ class Ingest:
                 await self._take()
             except ConnectionError:  # Redis is away, as its pipeline has told the log
                 await asyncio.sleep(RETRY_PAUSE)
+        self._stopped.set()
 
-    async def release(self) -> None:
-        """Let another instance take items at once."""
-        if self.holds_lease:
-            self._held_until = 0.0
-            await self._pipeline.submit(lambda: [("EVAL", _RELEASE, 1, self._lease, self._holder)])
+    async def stop(self) -> None:
+        """Finish the item in hand, if that is soon done, and let another instance take the next."""
+        if not self.holds_lease:
+            return
+        self._stopping = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS):
+                await self._stopped.wait()
+        self._held_until = 0.0
+        await self._pipeline.submit(lambda: [("EVAL", _RELEASE, 1, self._lease, self._holder)])
 
     async def _call(self, *commands: Command) -> list[Any]:
         """What Redis answers. Raises ConnectionError where it is away or refuses."""
@@ -179,10 +191,11 @@ class Ingest:
                 if not self.holds_lease or not await self._handle(item):
                     return
                 done = item
-            if monotonic() > renew_at or not self.holds_lease:
+            if self._stopping or monotonic() > renew_at or not self.holds_lease:
                 if done is not None:
                     await self._popper.call(("LREM", self._processing, 1, done))
-                await self._renew()
+                if not self._stopping:
+                    await self._renew()
                 return
 
     async def _renew(self, *, in_hand: bool = False) -> None:

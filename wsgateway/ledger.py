@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from itertools import islice
-from typing import Final
+from typing import Final, Generic, TypeVar
+
+V = TypeVar("V")
 
 MAX_SENT: Final = 100_000
 """Channels whose count a sender keeps, about 20 MB; the one not used longest starts anew."""
@@ -107,29 +109,28 @@ def _note(origins: OrderedDict[str, tuple[str, int]], origin: str, entry: tuple[
         origins.popitem(last=False)
 
 
-class Seen:
-    """Ids of the last ``seconds``, at most ``size``; the oldest is forgotten first."""
+class Seen(Generic[V]):
+    """Ids of the last ``seconds`` with a value each, at most ``size``; the oldest is forgotten first."""
 
     def __init__(self, size: int, seconds: float) -> None:
         self._size = size
         self._seconds = seconds
-        self._ids: OrderedDict[str, float] = OrderedDict()
+        self._ids: OrderedDict[str, tuple[float, V]] = OrderedDict()
 
-    def add(self, message_id: str, now: float) -> bool:
-        """Note an id; False if it was noted within that time."""
+    def find(self, message_id: str, now: float) -> V | None:
+        """What an id was noted with, if that was within the time."""
         ids = self._ids
-        while ids and next(iter(ids.values())) + self._seconds <= now:
+        while ids and next(iter(ids.values()))[0] + self._seconds <= now:
             ids.popitem(last=False)
-        if message_id in ids:
-            return False
-        if len(ids) >= self._size:
-            ids.popitem(last=False)
-        ids[message_id] = now
-        return True
+        known = ids.get(message_id)
+        return None if known is None else known[1]
 
-    def discard(self, message_id: str) -> None:
-        """Take an id back."""
+    def note(self, message_id: str, value: V, now: float) -> None:
+        """Note an id, as the newest."""
         self._ids.pop(message_id, None)
+        if len(self._ids) >= self._size:
+            self._ids.popitem(last=False)
+        self._ids[message_id] = (now, value)
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -15,30 +15,44 @@ from typing import Any, Final, NamedTuple
 from wsgateway import envelope
 from wsgateway.cluster import Cluster
 from wsgateway.envelope import Envelope, Fate, Published
+from wsgateway.errors import Conflict
 from wsgateway.fanout import Delivery
 from wsgateway.gateway import ALL, Gateway, Mirror, users_in
 from wsgateway.ledger import Seen
 from wsgateway.metrics import Metrics
 
-KEYED_SECONDS: Final = 300.0
-"""How long the id of a message that may be repeated is remembered."""
+KEYED: Final = (100_000, 300.0)
+"""Ids of messages that callers may repeat: how many are remembered, about 30 MB, and seconds."""
 
-KEYED_IDS: Final = 100_000
-"""Ids of repeatable messages remembered, about 15 MB."""
+ITEMS: Final = (10_000, 60.0)
+"""Ids of the queue's items, which are repeated within seconds."""
 
-RECENT_IDS: Final = 20_000
-"""Ids of other messages remembered: their numbers say as much, unless somebody repeats them."""
+RECENT: Final = (20_000, 60.0)
+"""Ids of other messages: their numbers say as much, unless somebody repeats them."""
 
-RECENT_SECONDS: Final = 60.0
+
+CONFLICT: Final = "this Idempotency-Key was used with another body"
 
 
 class Share(NamedTuple):
-    """What became of a message on one instance; ``users`` are told of broadcasts only."""
+    """What became of a message on one instance.
+
+    ``users`` are told of broadcasts only. ``conflict`` says that its id came before with other
+    content, and that nobody got this one.
+    """
 
     matched: int
     written: int
     dropped: int
     users: tuple[int, ...] = ()
+    conflict: bool = False
+
+
+class _Sighting(NamedTuple):
+    """A message whose id was seen: the fingerprint of what it said, and what became of it."""
+
+    fingerprint: str
+    delivery: Delivery
 
 
 @dataclass(slots=True)
@@ -101,8 +115,11 @@ class Sends:
         self._cluster = cluster
         self._mirror = mirror
         self._metrics = metrics
-        self._keyed = Seen(KEYED_IDS, KEYED_SECONDS)
-        self._recent = Seen(RECENT_IDS, RECENT_SECONDS)
+        self._recent: Seen[_Sighting] = Seen(*RECENT)
+        self._repeatable: dict[str, Seen[_Sighting]] = {
+            envelope.KEYED: Seen(*KEYED),
+            envelope.ITEM: Seen(*ITEMS),
+        }
         self._expected: dict[str, _Expected] = {}
         self._receipts: dict[str, list[Any]] = {}
         cluster.on_receipts = self._note_receipts
@@ -114,15 +131,22 @@ class Sends:
 
         When it returns, the message was put on the way to every local member. Waits up to
         ``seconds`` for Redis and the other instances; with None, not at all: the receipt is then
-        of this instance alone. A repeated id of a keyed message reaches nobody twice. Cancelling is
-        safe and takes nothing back.
+        of this instance alone. A repeated id that callers or the queue choose reaches nobody twice,
+        and has the receipt of the first. Cancelling is safe and takes nothing back.
+
+        Raises:
+            Conflict: the id was used for a message that said something else.
+
         """
         receipt = Receipt(message_id)
         published = expected = None
-        known = message_id[0] == envelope.KEYED and not self._keyed.add(message_id, monotonic())
-        delivery = Delivery(0) if known else self._gateway.post(group, payload)
-        if not known and not delivery.matched:
-            self._keyed.discard(message_id)  # nobody got it here: a repetition is welcome
+        if message_id[0] in self._repeatable:
+            found, _ = self._post_once(group, payload, message_id)
+            if found is None:
+                raise Conflict(CONFLICT)
+            delivery = found
+        else:
+            delivery = self._gateway.post(group, payload)
         if self._mirror is not None:
             others = self._cluster.others
             if seconds is not None and others:
@@ -133,13 +157,36 @@ class Sends:
             receipt.shares[self._cluster.name] = self._share(group, delivery)
             if published is not None and self._mirror is not None:
                 if seconds is None:
+                    await asyncio.sleep(0)  # what cannot be sent is known at once
                     receipt.complete = False
-                    receipt.fate = Fate.TAKEN if self._mirror.is_up else Fate.NOT_SENT
+                    receipt.fate = published.result().fate if published.done() else Fate.TAKEN
                 else:
                     await self._collect(receipt, published, expected, seconds)
         finally:
             self._expected.pop(message_id, None)
+        if any(share.conflict for share in receipt.shares.values()):
+            raise Conflict(CONFLICT)
         return receipt
+
+    def _post_once(
+        self, group: str, payload: bytes, message_id: str
+    ) -> tuple[Delivery | None, bool]:
+        """Post a message to the local members unless they got it before.
+
+        Returns what became of it, None where its id was used for another message, and whether it was
+        posted now. One that nobody got is posted again: a member may have come meanwhile.
+        """
+        key, _, fingerprint = message_id.partition(".")
+        seen, now = self._repeatable.get(message_id[0], self._recent), monotonic()
+        first = seen.find(key, now)
+        if first is not None:
+            if first.fingerprint != fingerprint:
+                return None, False
+            if first.delivery.matched:
+                return first.delivery, False
+        delivery = self._gateway.post(group, payload)
+        seen.note(key, _Sighting(fingerprint, delivery), now)
+        return delivery, True
 
     async def _collect(
         self,
@@ -170,37 +217,39 @@ class Sends:
         if isinstance(found, bytes):
             self._gateway.post(group, found)
             return
-        kind = found.id[0]
-        seen = self._keyed if kind == envelope.KEYED else self._recent
-        if seen.add(found.id, monotonic()):
-            delivery = self._gateway.post(group, found.payload)
-            if not delivery.matched and kind == envelope.KEYED:
-                seen.discard(found.id)
+        delivery, is_new = self._post_once(group, found.payload, found.id)
+        self._metrics.mirror_duplicates += not is_new
+        if found.id[0] == envelope.QUIET:
+            return
+        if delivery is None:
+            self._answer(found, Share(0, 0, 0, conflict=True))
         else:
-            self._metrics.mirror_duplicates += 1
-            delivery = Delivery(0)
-        if kind != envelope.QUIET:
-            delivery.then(lambda done: self._answer(group, found, done))
+            delivery.then(lambda done: self._answer(found, self._share(group, done)))
 
     def _share(self, group: str, delivery: Delivery) -> Share:
         users = tuple(users_in(self._gateway.hub)) if group == ALL else ()
         return Share(delivery.matched, delivery.written, delivery.dropped, users)
 
-    def _answer(self, group: str, found: Envelope, delivery: Delivery) -> None:
+    def _answer(self, found: Envelope, share: Share) -> None:
         """Tell a message's sender what became of it, together with others of this turn."""
         waiting = self._receipts.setdefault(found.origin, [])
         if not waiting:
             asyncio.get_running_loop().call_soon(self._send_receipts, found.origin)
-        waiting.append([found.id, *self._share(group, delivery)])
+        waiting.append([found.id, *share])
 
     def _send_receipts(self, origin: str) -> None:
         receipts = self._receipts.pop(origin)
         self._cluster.tell(origin, {"type": "receipts", "receipts": receipts})
 
     def _note_receipts(self, sender: str, receipts: list[Any]) -> None:
-        for message_id, matched, written, dropped, users in receipts:
+        for message_id, matched, written, dropped, users, *conflict in receipts:
             expected = self._expected.get(message_id)
             if expected is not None:
-                share = Share(int(matched), int(written), int(dropped), tuple(map(int, users)))
-                expected.shares[sender] = share
+                expected.shares[sender] = Share(
+                    int(matched),
+                    int(written),
+                    int(dropped),
+                    tuple(map(int, users)),
+                    conflict == [True],
+                )
                 expected.settle()

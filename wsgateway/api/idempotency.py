@@ -12,14 +12,15 @@ from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Any, Final, NamedTuple
 
-from wsgateway.api import problems
+from wsgateway.errors import Conflict
+from wsgateway.sends import CONFLICT
 
 SECONDS: Final = 300.0
 """How long a key is remembered."""
 
 
 class _Entry(NamedTuple):
-    fingerprint: bytes
+    fingerprint: str
     answer: asyncio.Future[Any]
     at: float
 
@@ -31,11 +32,11 @@ class Idempotency:
         self._size = size
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
 
-    async def once(self, key: str, fingerprint: bytes, send: Callable[[], Awaitable[Any]]) -> Any:
+    async def once(self, key: str, fingerprint: str, send: Callable[[], Awaitable[Any]]) -> Any:
         """What ``send`` returned for this key, which is called only if it was not before.
 
         Raises:
-            Problem: 409 where the key was used with another body; else what ``send`` raises.
+            Conflict: the key was used with another body; else what ``send`` raises.
 
         """
         now = monotonic()
@@ -43,7 +44,7 @@ class Idempotency:
         known = self._entries.get(key)
         if known is not None:
             if known.fingerprint != fingerprint:
-                raise problems.conflict("this Idempotency-Key was used with another body")
+                raise Conflict(CONFLICT)
             return await asyncio.shield(known.answer)
         answer = asyncio.ensure_future(send())
         self._entries[key] = _Entry(fingerprint, answer, now)

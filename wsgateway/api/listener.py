@@ -27,7 +27,7 @@ from wsgateway import background, config
 from wsgateway.api import documents, messages, people, problems, queue, status, tokens
 from wsgateway.api.context import Api
 from wsgateway.api.problems import Problem
-from wsgateway.api.routes import ROUTES, Answer, Call, NoQuery, Route
+from wsgateway.api.routes import ROUTES, Answer, Call, Route
 from wsgateway.auth import Authenticator, Caller
 from wsgateway.errors import Conflict, NotFound, Refused, StartError, StoreError
 
@@ -340,12 +340,12 @@ def _path(request: web.Request, route: Route) -> dict[str, str]:
         if name != "connection_id" and not (
             values[name].isascii() and values[name].isdecimal() and len(values[name]) < 19
         ):
-            raise problems.not_found(f"no such {name.removesuffix('_id')}")
+            raise problems.not_found(f"no such {name.removesuffix('_id')}", name)
     return values
 
 
 def _query(request: web.Request, route: Route) -> Any:
-    if route.query is NoQuery or (not request.query_string):
+    if not request.query_string:
         return route.query()
     values: dict[str, str] = {}
     for name, value in request.query.items():
@@ -365,6 +365,8 @@ def _convert(document: Any, kind: Any, *, strict: bool) -> Any:
         field = place.rstrip("`").lstrip(".")
         if "missing required field" in reason:
             raise problems.missing(reason.split("`")[1]) from None
+        if "unknown field" in reason:
+            raise problems.invalid(reason.split("`")[1], "no such parameter") from None
         raise problems.invalid(field or "body", reason) from None
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import msgspec
 import orjson
@@ -19,8 +20,12 @@ from wsgateway.api.context import Api
 from wsgateway.api.problems import Problem
 from wsgateway.api.routes import Answer, Call, route
 from wsgateway.envelope import Fate
+from wsgateway.errors import Conflict
 from wsgateway.gateway import ALL, device_group, user_group
 from wsgateway.sends import Receipt
+
+FINGERPRINT = 16
+"""Hex digits that tell the bodies of one key apart."""
 
 MAX_BATCH = 1000
 """Sends in one batch."""
@@ -40,7 +45,7 @@ Number = Annotated[int, Meta(ge=0, le=2**63 - 1)] | Annotated[str, Meta(pattern=
 """An id, as a number or in digits."""
 
 
-class SendQuery(msgspec.Struct, frozen=True):
+class SendQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a send waits."""
 
     timeout: (
@@ -48,10 +53,12 @@ class SendQuery(msgspec.Struct, frozen=True):
         | None
     ) = None
     wait: Annotated[
-        Literal["all", "none"], Meta(description="'none': answer without a receipt of others.")
+        Literal["all", "none"],
+        Meta(description="'none': answer without a receipt of others, as timeout=0 does."),
     ] = "all"
     require: Annotated[
-        Literal["online"] | None, Meta(description="'online': 404 if nobody is connected.")
+        Literal["online"] | None,
+        Meta(description="'online': 404 if nobody is connected; has to wait."),
     ] = None
 
 
@@ -93,7 +100,7 @@ async def send_message(api: Api, call: Call[SendQuery, Message]) -> Answer:
     """Send a message to a user."""
     body = call.body
     user_id = int(body.user_id)
-    await _check_exists(api, "user", user_id)
+    await check_exists(api, "user", user_id)
     message = {"type": body.type, "message": body.message, "timestamp": wire.timestamp()}
     return await _send(api, call, user_group(user_id), message, body.id)
 
@@ -109,7 +116,7 @@ async def send_message(api: Api, call: Call[SendQuery, Message]) -> Answer:
 async def send_to_user(api: Api, call: Call[SendQuery, Notice]) -> Answer:
     """Send a message to a user, with the caller's name as its sender."""
     body = call.body
-    await _check_exists(api, "user", call.number("user_id"))
+    await check_exists(api, "user", call.number("user_id"))
     message = {
         "type": body.type,
         "message": body.message,
@@ -130,7 +137,7 @@ async def send_to_user(api: Api, call: Call[SendQuery, Notice]) -> Answer:
 async def send_to_device(api: Api, call: Call[SendQuery, Notice]) -> Answer:
     """Send a message to a device."""
     body = call.body
-    await _check_exists(api, "device", call.number("device_id"))
+    await check_exists(api, "device", call.number("device_id"))
     message = {"type": body.type, "message": body.message, "timestamp": wire.timestamp()}
     return await _send(api, call, device_group(call.number("device_id")), message, body.id)
 
@@ -153,26 +160,49 @@ async def broadcast(api: Api, call: Call[SendQuery, Notice]) -> Answer:
 )
 async def send_batch(api: Api, call: Call[SendQuery, list[BatchItem]]) -> Any:
     """Send up to 1,000 messages; one result each, in order."""
-    # All are posted in this turn, in order: none of them waits before it is on its way.
+    # Who exists is asked first: then all are posted in one turn, in order.
+    groups = [await _find_group(api, item) for item in call.body]
     results = await asyncio.gather(
-        *(_send_item(api, call, item, number) for number, item in enumerate(call.body))
+        *(
+            _send_item(api, call, item, group, number)
+            for number, (item, group) in enumerate(zip(call.body, groups, strict=True))
+        )
     )
     return {"results": results}
 
 
-async def _send_item(
-    api: Api, call: Call[SendQuery, list[BatchItem]], item: BatchItem, number: int
-) -> dict[str, Any]:
+async def _find_group(api: Api, item: BatchItem) -> str | Problem:
     try:
         group = _group_of(item)
         if item.user_id is not UNSET:
-            await _check_exists(api, "user", int(item.user_id))
+            await check_exists(api, "user", int(item.user_id))
         elif item.device_id is not UNSET:
-            await _check_exists(api, "device", int(item.device_id))
+            await check_exists(api, "device", int(item.device_id))
+    except Problem as problem:
+        return problem
+    return group
+
+
+async def _send_item(
+    api: Api,
+    call: Call[SendQuery, list[BatchItem]],
+    item: BatchItem,
+    group: str | Problem,
+    number: int,
+) -> dict[str, Any]:
+    try:
+        if isinstance(group, Problem):
+            raise group
         message = {"type": item.type, "message": item.message, "timestamp": wire.timestamp()}
         return (await _send(api, call, group, message, item.id, number)).body
+    except Conflict as error:
+        return _failure(problems.conflict(str(error)))
     except Problem as problem:
-        return {"http_status": problem.status.value, **problem.document()}
+        return _failure(problem)
+
+
+def _failure(problem: Problem) -> dict[str, Any]:
+    return {"http_status": problem.status.value, **problem.document()}
 
 
 def _group_of(item: BatchItem) -> str:
@@ -186,10 +216,11 @@ def _group_of(item: BatchItem) -> str:
     return ALL if item.device_id is UNSET else device_group(int(item.device_id))
 
 
-async def _check_exists(api: Api, kind: Literal["user", "device"], number: int) -> None:
+async def check_exists(api: Api, kind: Literal["user", "device"], number: int) -> None:
+    """Raise Problem for a user or device that does not exist."""
     group = user_group(number) if kind == "user" else device_group(number)
     if not api.is_here(group) and not await api.accounts.exists(kind, number):
-        raise problems.not_found(f"no such {kind}: {number}")
+        raise problems.not_found(f"no such {kind}: {number}", f"{kind}_id")
 
 
 async def _send(
@@ -201,28 +232,37 @@ async def _send(
     number: int | None = None,
 ) -> Answer:
     """Send, or answer as before where the caller repeats an idempotency key."""
-    payload = _encode(api, message)
+    payload = encode(api, message)
     if key is not UNSET:
-        number = None  # the header is one for the whole batch, the id is of one send
-    elif call.idempotency_key is not None:
-        key = call.idempotency_key
+        number_in_key = None  # the header is one for the whole batch, the id is of one send
+    else:
+        number_in_key = number
+        key = call.idempotency_key if call.idempotency_key is not None else UNSET
     if key is UNSET:
         message_id = envelope.new_id(envelope.ASKED)
-        return await _deliver(api, call.query, group, message, payload, message_id)
-    scoped = hashlib.sha256(orjson.dumps([call.caller.who, key, number])).hexdigest()[:32]
-    same = {name: value for name, value in message.items() if name != "timestamp"}
-    print_ = hashlib.sha256(group.encode() + b"\n" + orjson.dumps(same)).digest()
-    return cast(
-        Answer,
-        await api.idempotency.once(
-            scoped,
-            print_,
-            lambda: _deliver(api, call.query, group, message, payload, envelope.KEYED + scoped),
-        ),
-    )
+        sending = _deliver(api, call.query, group, payload, message_id)
+        # In a batch, a task of its own, as those with a key have: all keep their order.
+        delivery = await (sending if number is None else asyncio.create_task(sending))
+    else:
+        scoped = _digest([call.caller.who, key, number_in_key])[:32]
+        same = {name: value for name, value in message.items() if name != "timestamp"}
+        fingerprint = _digest([group, same])[:FINGERPRINT]
+        message_id = f"{envelope.KEYED}{scoped}.{fingerprint}"
+
+        async def send() -> tuple[str, dict[str, Any]]:
+            return message["timestamp"], await _deliver(api, call.query, group, payload, message_id)
+
+        first_at, delivery = await api.idempotency.once(scoped, fingerprint, send)
+        message = {**message, "timestamp": first_at}
+    return Answer({"status": "success", "message": SENT, "data": message, "delivery": delivery})
 
 
-def _encode(api: Api, message: dict[str, Any]) -> bytes:
+def _digest(document: Any) -> str:
+    return hashlib.sha256(orjson.dumps(document)).hexdigest()
+
+
+def encode(api: Api, message: Mapping[str, Any]) -> bytes:
+    """A message as devices get it. Raises Problem for one that they cannot."""
     try:
         payload = wire.encode(message)
         wire.read_object(payload)
@@ -234,22 +274,19 @@ def _encode(api: Api, message: dict[str, Any]) -> bytes:
 
 
 async def _deliver(
-    api: Api,
-    query: SendQuery,
-    group: str,
-    message: dict[str, Any],
-    payload: bytes,
-    message_id: str,
-) -> Answer:
+    api: Api, query: SendQuery, group: str, payload: bytes, message_id: str
+) -> dict[str, Any]:
+    """The receipt. Raises Problem where nothing can be claimed."""
     seconds = api.receipt_timeout if query.timeout is None else query.timeout
-    receipt = await api.sends.send(
-        group, payload, message_id, None if query.wait == "none" else seconds
-    )
+    waits = query.wait == "all" and seconds > 0
+    if query.require == "online" and not waits:
+        raise problems.invalid("require", "who is online is not known without waiting")
+    receipt = await api.sends.send(group, payload, message_id, seconds if waits else None)
     _check_fate(receipt, query)
     delivery = receipt.document()
     if group == ALL:
         delivery["users"] = receipt.users()
-    return Answer({"status": "success", "message": SENT, "data": message, "delivery": delivery})
+    return delivery
 
 
 def _check_fate(receipt: Receipt, query: SendQuery) -> None:

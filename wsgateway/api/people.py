@@ -23,14 +23,14 @@ Cursor = Annotated[str, Meta(max_length=200, description="`next` of the page bef
 Identifier = Annotated[int, Meta(ge=0, le=2**63 - 1)] | None
 
 
-class Page(msgspec.Struct, frozen=True):
+class Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which page of a list."""
 
     limit: Limit = 100
     cursor: Cursor = None
 
 
-class ConnectionsPage(msgspec.Struct, frozen=True):
+class ConnectionsPage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which page of the connections of whom."""
 
     limit: Limit = 100
@@ -121,7 +121,7 @@ async def enable_user(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:
 
 async def _set_active(api: Api, user_id: int, active: bool) -> dict[str, Any]:
     if not await api.accounts.exists("user", user_id):
-        raise problems.not_found(f"no such user: {user_id}")
+        raise problems.not_found(f"no such user: {user_id}", "user_id")
     return {"active": active, **await api.control.set_active(user_id, active)}
 
 
@@ -129,13 +129,13 @@ async def _describe(api: Api, kind: Any, number: int) -> dict[str, Any]:
     about = {f"{kind}_id": number}
     found, complete = await api.control.connections(about, ("", ""), 1000)
     if not found and not await api.accounts.exists(kind, number):
-        raise problems.not_found(f"no such {kind}: {number}")
+        raise problems.not_found(f"no such {kind}: {number}", f"{kind}_id")
     return {
         **about,
         "online": bool(found),
         "connections": found,
         "last_activity": max((one["last_activity"] for one in found), default=None),
-        "complete": complete,
+        "complete": complete and len(found) < 1000,
     }
 
 

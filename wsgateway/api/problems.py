@@ -57,8 +57,8 @@ def forbidden(reason: str) -> Problem:
     return Problem(HTTPStatus.FORBIDDEN, "forbidden", reason)
 
 
-def not_found(what: str) -> Problem:
-    return Problem(HTTPStatus.NOT_FOUND, "not_found", what)
+def not_found(what: str, field: str | None = None) -> Problem:
+    return Problem(HTTPStatus.NOT_FOUND, "not_found", what, field=field)
 
 
 def offline() -> Problem:

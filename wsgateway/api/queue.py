@@ -8,7 +8,7 @@ import msgspec
 
 from wsgateway.api import answers, problems
 from wsgateway.api.context import Api, Queue
-from wsgateway.api.messages import Number
+from wsgateway.api.messages import Number, check_exists, encode
 from wsgateway.api.routes import Call, NoQuery, route
 
 
@@ -25,11 +25,13 @@ async def queue_size(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:  # 
     return await _queue(api).size()
 
 
-@route("POST", "/api/queue", answer=answers.Enqueued, body=Item, errors=(503,))
+@route("POST", "/api/queue", answer=answers.Enqueued, body=Item, errors=(404, 503))
 async def enqueue(api: Api, call: Call[NoQuery, Item]) -> dict[str, Any]:
     """Put a message into the queue; it is sent in order, also if its instance is killed."""
-    user_id = int(call.body.user_id)
-    return {"waiting": await _queue(api).enqueue(user_id, call.body.message)}
+    queue, user_id = _queue(api), int(call.body.user_id)
+    encode(api, call.body.message)
+    await check_exists(api, "user", user_id)
+    return {"waiting": await queue.enqueue(user_id, call.body.message)}
 
 
 @route("DELETE", "/api/queue", answer=answers.Cleared, scope="admin", errors=(503,))

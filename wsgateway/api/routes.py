@@ -19,7 +19,7 @@ Q = TypeVar("Q")
 B = TypeVar("B")
 
 
-class NoQuery(msgspec.Struct, frozen=True):
+class NoQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A call without query parameters."""
 
 

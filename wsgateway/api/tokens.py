@@ -15,7 +15,7 @@ from wsgateway.api.people import Cursor, Identifier, Limit, make_cursor, read_cu
 from wsgateway.api.routes import Call, NoQuery, route
 
 
-class TokensPage(msgspec.Struct, frozen=True):
+class TokensPage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which page of the tokens of whom."""
 
     limit: Limit = 100
