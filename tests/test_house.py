@@ -14,10 +14,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "background"},
     {"config", "metrics", "wire", "hub", "limits", "ledger", "timings", "subscriptions"},
-    {"logs", "store", "providers", "fanout", "handshake", "envelope"},
+    {"logs", "store", "providers", "fanout", "handshake", "envelope", "gate"},
     {"handlers", "gateway", "auth", "link"},
     {"session", "accounts", "roster", "cluster", "mirror"},
-    {"connection", "control", "sends", "presence"},
+    {"connection", "control", "sends", "presence", "health"},
     {"admission", "ingest"},
     {"listener", "federation", "api"},
     {"server", "demo"},

@@ -11,7 +11,6 @@ import random
 from collections import Counter
 from http import HTTPStatus
 from time import monotonic
-from typing import Any
 
 from wsgateway import handshake
 from wsgateway.auth import Authenticator, Identity
@@ -20,6 +19,7 @@ from wsgateway.connection import Connection, Phase
 from wsgateway.errors import Refused
 from wsgateway.gateway import Gateway, user_group
 from wsgateway.handshake import Route, Visit
+from wsgateway.health import Health
 from wsgateway.limits import Departed
 from wsgateway.metrics import Metrics
 from wsgateway.session import Rules, Session
@@ -29,9 +29,6 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER = (1, 5)
 """Seconds, drawn anew for each refusal, so that a refused crowd does not come back as one."""
-
-DEAF_SECONDS = 10.0
-"""How long the mirror's probe may stay away before readiness tells of it."""
 
 MISMATCHES_REMEMBERED = 1000
 """Users whose wrong path was logged; beyond, mismatches are only counted."""
@@ -46,9 +43,11 @@ class Admission:
         authenticator: Authenticator,
         gateway: Gateway,
         rules: Rules,
+        health: Health,
         metrics: Metrics,
     ) -> None:
         self._config = config
+        self._health = health
         self._authenticator = authenticator
         self._gateway = gateway
         self._rules = rules
@@ -58,25 +57,7 @@ class Admission:
         self._addresses: Counter[str] = Counter()
         self._mismatched: set[int] = set()
         self.draining = False
-
-    def readiness(self) -> dict[str, Any]:
-        """``{"status": "ok" | "degraded" | "unavailable", "reasons": [...]}``.
-
-        Unavailable means that no device could come in now, or that another instance should be
-        preferred; degraded, that what it sends does not reach other instances.
-        """
-        is_deaf = self._gateway.mirror_silence > DEAF_SECONDS
-        reasons = {
-            "draining": self.draining,
-            "database": not self._authenticator.usable,
-            "redis": is_deaf and self._config.redis.required,
-        }
-        unavailable = [reason for reason, holds in reasons.items() if holds]
-        if unavailable:
-            return {"status": "unavailable", "reasons": unavailable}
-        if is_deaf:
-            return {"status": "degraded", "reasons": ["redis"]}
-        return {"status": "ok", "reasons": []}
+        """Whether nobody is let in any more."""
 
     async def decide(self, connection: Connection, visit: Visit, refusal: str | None) -> None:
         """Answer a handshake request; ``refusal`` is why there is no room for it, if so.
@@ -142,7 +123,7 @@ class Admission:
             return handshake.json_response(
                 HTTPStatus.METHOD_NOT_ALLOWED, refusal, "Allow: GET, HEAD"
             )
-        document = self.readiness() if visit.route is Route.READY else {"status": "ok"}
+        document = self._health.readiness() if visit.route is Route.READY else {"status": "ok"}
         unavailable = document["status"] == "unavailable"
         return handshake.json_response(
             HTTPStatus.SERVICE_UNAVAILABLE if unavailable else HTTPStatus.OK,
@@ -167,6 +148,8 @@ class Admission:
         return identity
 
     def _admit(self, connection: Connection, answer: bytes, identity: Identity) -> None:
+        if self.draining:
+            raise Refused("draining", random.randint(*RETRY_AFTER))  # noqa: S311
         limits, now = self._config.limits, monotonic()
         group = user_group(identity.user_id)
         replaced = self._replaced(identity) if limits.duplicate == "newest" else []

@@ -184,6 +184,15 @@ class Limits(Section, frozen=True):
         16_384
     )
     handshakes: Annotated[Positive, doc("Unfinished handshakes; beyond, clients get 503.")] = 2048
+    handshake_lag: Annotated[
+        Seconds, doc("Lag of the event loop above which handshakes wait for their turn.")
+    ] = 0.1
+    handshake_wait: Annotated[
+        Seconds, doc("How long they wait; then they get 503. Shorter than handshake_timeout.")
+    ] = 3.0
+    loop_lag: Annotated[Seconds, doc("Lag of the event loop above which /readyz answers 503.")] = (
+        1.0
+    )
     connections: Annotated[
         Count, doc("Connections in all; 0: the descriptor limit minus descriptor_reserve.")
     ] = 0
@@ -454,6 +463,20 @@ class Queue(Section, frozen=True):
 class Drain(Section, frozen=True):
     """How the gateway stops."""
 
+    delay: Annotated[
+        Seconds,
+        doc(
+            "How long /readyz answers 503 before newcomers are refused: longer than a load balancer "
+            "takes to notice."
+        ),
+    ] = 0.0
+    return_rate: Annotated[
+        Positive,
+        doc(
+            "Devices a second that an instance can take: retry_ms in the close reason spreads their "
+            "return over as long as that takes."
+        ),
+    ] = 2000
     window: Annotated[
         Seconds,
         doc("Time to send 1012 to every device and to wait for them; the rest is aborted."),
@@ -874,6 +897,8 @@ def _build(values: Mapping[str, Any]) -> Config:
 NOT_ZERO = (
     "limits.window",
     "limits.handshake_timeout",
+    "limits.handshake_lag",
+    "limits.loop_lag",
     "limits.outbound_stall",
     "keepalive.interval",
     "keepalive.timeout",
@@ -930,6 +955,11 @@ def _limit_rules(config: Config) -> list[tuple[bool, str]]:
         (
             limits.handshake_bytes < 1024,
             f"limits.handshake_bytes = {limits.handshake_bytes}: no request fits into less than 1024",
+        ),
+        (
+            limits.handshake_wait >= limits.handshake_timeout,
+            f"limits.handshake_wait = {limits.handshake_wait:g}s: must be shorter than "
+            f"limits.handshake_timeout ({limits.handshake_timeout:g}s)",
         ),
     ]
 

@@ -23,8 +23,10 @@ from wsgateway.auth import Authenticator, Identity
 from wsgateway.config import Config
 from wsgateway.connection import Connection, Phase
 from wsgateway.errors import StartError, StoreError
+from wsgateway.gate import Gate
 from wsgateway.gateway import Gateway
-from wsgateway.handshake import Visit
+from wsgateway.handshake import Route, Visit
+from wsgateway.health import Health
 from wsgateway.metrics import Metrics
 from wsgateway.providers import Services
 from wsgateway.wire import CloseCode
@@ -33,6 +35,9 @@ log = logging.getLogger(__name__)
 
 TICK = 0.1
 """Seconds between two looks at what is due: the error of every deadline."""
+
+LEAST_RETURN_MS = 1000
+"""Over how many milliseconds even a small fleet comes back: its new instance has to start."""
 
 ABORT_SECONDS = 1.0
 """How long aborted connections may take to be gone; a turn of the loop in practice."""
@@ -60,6 +65,7 @@ class Listener:
         authenticator: Authenticator,
         gateway: Gateway,
         services: Services,
+        health: Health,
         metrics: Metrics,
         max_connections: int,
     ) -> None:
@@ -72,6 +78,8 @@ class Listener:
         self._admission = admission
         self._authenticator = authenticator
         self._max_connections = max_connections
+        self._health = health
+        self._gate = Gate(metrics)
         self._connections: set[Connection] = set()
         self._handshakes: dict[Connection, float] = {}  # with the deadline, oldest first
         self._closing: dict[Connection, float] = {}  # with the deadline, oldest first
@@ -119,6 +127,9 @@ class Listener:
         async with background.running(self._tick(), self._cut_ended()):
             try:
                 yield [each.getsockname()[:2] for each in sockets.sockets]
+                # Who looks at /readyz is to send newcomers elsewhere before they are refused here.
+                self._health.leaving = True
+                await asyncio.sleep(self._config.drain.delay)
                 sockets.close()
                 await self._drain()
             finally:
@@ -190,6 +201,11 @@ class Listener:
     # What is due.
 
     async def _decide(self, connection: Connection, visit: Visit, refusal: str | None) -> None:
+        if not self._gate.is_open and visit.route is Route.DEVICE and refusal is None:
+            if not await self._gate.enter():
+                refusal = "overload"
+            if connection.phase is not Phase.DECIDING:
+                return
         await self._admission.decide(connection, visit, refusal)
         if connection.phase is Phase.OPEN:
             self._handshakes.pop(connection, None)
@@ -197,11 +213,17 @@ class Listener:
 
     async def _tick(self) -> None:
         """Look at what is due, for ever. A late tick makes up for the slots it missed."""
+        limits = self.limits
         slot_seconds = self._config.keepalive.interval / len(self._wheel)
+        pause = min(TICK, slot_seconds)
         next_slot_at = monotonic() + slot_seconds
         while True:
-            await asyncio.sleep(min(TICK, slot_seconds))
+            due = monotonic() + pause
+            await asyncio.sleep(pause)
             now = monotonic()
+            lag = self.metrics.loop_lag = max(0.0, now - due)
+            self._health.note_lag(lag)
+            self._gate.tick(lag, limits.handshake_lag, limits.handshake_wait)
             self._expire(self._handshakes, now, "handshake_timeout")
             self._expire(self._closing, now, "close_timeout")
             self._cut_stalled(now)
@@ -269,25 +291,25 @@ class Listener:
     async def _drain(self) -> None:
         """Tell every device to come back, spread over the first part of the window, then wait.
 
-        A device that waits for an answer is told once it has it, or after ``drain.grace``.
+        A device that waits for an answer is told once it has it, or after ``drain.grace``. All are
+        to come back within the time that an instance needs to take them.
         """
         self._admission.draining = True
-        window = self._config.drain.window
-        now = monotonic()
-        end, patient_until = now + window, now + min(self._config.drain.grace, window / 2)
-        log.info("draining connections=%s seconds=%g", len(self._connections), window)
+        drain, now = self._config.drain, monotonic()
+        end, patient_until = now + drain.window, now + min(drain.grace, drain.window / 2)
         waiting = list(self._connections)
-        pauses = max(1, int(window * 0.5 / TICK))
+        log.info("draining connections=%s seconds=%g", len(waiting), drain.window)
+        return_ms = max(LEAST_RETURN_MS, round(len(waiting) / drain.return_rate * 1000))
+        pauses = max(1, int(drain.window * 0.5 / TICK))
         batch = max(BATCH, math.ceil(len(waiting) / pauses))
         while waiting:
-            if monotonic() >= end:
-                batch = len(waiting)  # late: all the rest at once
-            patient = monotonic() < patient_until
-            due = [each for each in waiting if not (patient and each.busy)][:batch]
+            is_late, patient = monotonic() >= end, monotonic() < patient_until
+            due = [each for each in waiting if not (patient and each.busy)]
+            due = due if is_late else due[:batch]
             told = set(due)
             waiting = [each for each in waiting if each not in told]
             for connection in due:
-                retry_ms = random.randint(0, max(1, int(window * 1000)))  # noqa: S311 - spreads
+                retry_ms = random.randint(0, return_ms)  # noqa: S311 - spreads returns
                 if connection.phase is Phase.OPEN:
                     connection.close(CloseCode.RESTART, f'{{"retry_ms":{retry_ms}}}')
             if waiting:

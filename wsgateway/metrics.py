@@ -33,6 +33,10 @@ class Metrics:
     """Devices that were authenticated and told that they are connected."""
     refused: Counter[str] = field(default_factory=Counter)
     """Handshakes refused, by reason."""
+    gate_delayed: int = 0
+    """Handshakes that had to wait because the loop was behind."""
+    loop_lag: float = 0.0
+    """Seconds by which the loop's last tick came late."""
     closed: Counter[str] = field(default_factory=Counter)
     """Device connections ended, by close code, 'aborted' codes being 1006."""
     aborted: Counter[str] = field(default_factory=Counter)

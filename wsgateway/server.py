@@ -32,6 +32,7 @@ from wsgateway.control import Control
 from wsgateway.errors import ConfigError
 from wsgateway.fanout import Fanout, Member
 from wsgateway.gateway import Gateway
+from wsgateway.health import Health
 from wsgateway.hub import Hub
 from wsgateway.listener import Listener
 from wsgateway.metrics import Metrics
@@ -54,6 +55,7 @@ class Instance:
     gateway: Gateway
     listener: Listener
     admission: Admission
+    health: Health
     authenticator: Authenticator
     accounts: Accounts
     cluster: Cluster
@@ -118,7 +120,8 @@ def build(config: Config, metrics: Metrics) -> Instance:
     hub: Hub[Member] = Hub()
     gateway = Gateway(hub, Fanout(hub, metrics, config.limits.fanout_bytes), mirror, metrics)
     authenticator = Authenticator(config.auth, database, metrics)
-    admission = Admission(config, authenticator, gateway, rules, metrics)
+    health = Health(config, authenticator, gateway)
+    admission = Admission(config, authenticator, gateway, rules, health, metrics)
     cluster = Cluster(name, mirror, metrics)
     roster = Roster(hub, name)
     accounts = Accounts(database, authenticator)
@@ -131,10 +134,12 @@ def build(config: Config, metrics: Metrics) -> Instance:
             authenticator,
             gateway,
             services,
+            health,
             metrics,
             connection_limit(config),
         ),
         admission=admission,
+        health=health,
         authenticator=authenticator,
         accounts=accounts,
         cluster=cluster,

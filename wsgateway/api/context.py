@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from wsgateway.accounts import Accounts
-from wsgateway.admission import Admission
 from wsgateway.api.idempotency import Idempotency
 from wsgateway.cluster import Cluster
 from wsgateway.config import Config
 from wsgateway.control import Control
 from wsgateway.gateway import Gateway
+from wsgateway.health import Health
 from wsgateway.metrics import Metrics, Rates
 from wsgateway.sends import Sends
 from wsgateway.timings import Timings
@@ -27,7 +27,7 @@ class Parts(Protocol):
     @property
     def accounts(self) -> Accounts: ...
     @property
-    def admission(self) -> Admission: ...
+    def health(self) -> Health: ...
     @property
     def cluster(self) -> Cluster: ...
     @property
@@ -83,7 +83,7 @@ class Api:
             max_message=config.limits.message_bytes,
             receipt_timeout=config.api.receipt_timeout,
             is_here=lambda group: bool(hub.members(group)),
-            readiness=parts.admission.readiness,
+            readiness=parts.health.readiness,
             rates=Rates(parts.metrics),
             timings=Timings(),
         )

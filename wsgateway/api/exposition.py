@@ -55,6 +55,7 @@ LABELS = {
 """The label of each counter that has one, or its labels in the order of its keys' parts."""
 
 NAMES = {
+    "loop_lag": "loop_lag_seconds",
     "mirror_lag": "mirror_lag_seconds",
     "received_bytes": "received_bytes_total",
     "sent_bytes": "sent_bytes_total",

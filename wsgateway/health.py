@@ -1,0 +1,73 @@
+"""Whether an instance should get devices: what `/readyz` says on both ports.
+
+Only this module knows the reasons against it. It asks the parts that have them and changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import Any, Final
+
+from wsgateway.auth import Authenticator
+from wsgateway.config import Config
+from wsgateway.gateway import Gateway
+
+DEAF_SECONDS: Final = 10.0
+"""How long the mirror's probe may stay away before readiness tells of it."""
+
+LAG_DECAY: Final = 0.95
+"""What remains of the worst lag after each tick, of which there are ten a second: it halves in 1.4 s,
+so that a load balancer that looks every few seconds sees a long stall."""
+
+
+class Health:
+    """What speaks against this instance."""
+
+    def __init__(self, config: Config, authenticator: Authenticator, gateway: Gateway) -> None:
+        self._config = config
+        self._authenticator = authenticator
+        self._gateway = gateway
+        self.lag = 0.0
+        """The loop's worst lag lately, in seconds; each tick that is in time makes it less."""
+        self.leaving = False
+        """Whether this instance is about to stop."""
+
+    def note_lag(self, lag: float) -> None:
+        """Note by how many seconds a tick came late."""
+        self.lag = max(lag, self.lag * LAG_DECAY)
+
+    def readiness(self) -> dict[str, Any]:
+        """``{"status": "ok" | "degraded" | "unavailable", "reasons": [...]}``.
+
+        Unavailable means that no device could come in now, or that another instance should be
+        preferred; degraded, that what it sends does not reach other instances.
+        """
+        is_deaf = self._gateway.mirror_silence > DEAF_SECONDS
+        reasons = {
+            "draining": self.leaving,
+            "database": not self._authenticator.usable,
+            "redis": is_deaf and self._config.redis.required,
+            "descriptors": self._lacks_descriptors(),
+            "loop_lag": self.lag > self._config.limits.loop_lag,
+        }
+        unavailable = [reason for reason, holds in reasons.items() if holds]
+        if unavailable:
+            return {"status": "unavailable", "reasons": unavailable}
+        if is_deaf:
+            return {"status": "degraded", "reasons": ["redis"]}
+        return {"status": "ok", "reasons": []}
+
+    def _lacks_descriptors(self) -> bool:
+        """Whether more than half of the reserve is in use.
+
+        A new descriptor is the lowest that is free: its number says how many are in use without
+        looking at each.
+        """
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        try:
+            lowest = os.open("/", os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            return True
+        os.close(lowest)
+        return lowest >= soft - self._config.limits.descriptor_reserve // 2
