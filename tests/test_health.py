@@ -66,24 +66,28 @@ async def test_a_lack_of_descriptors_is_told(accounts: Accounts) -> None:
                 os.close(descriptor)
 
 
-@pytest.mark.parametrize("required", [False, True])
+@pytest.mark.faults
 async def test_a_deaf_mirror_is_told_and_matters_only_where_it_is_required(
-    accounts: Accounts, redis_server: RedisServer, required: bool
+    accounts: Accounts, redis_server: RedisServer
 ) -> None:
-    async with running_gateway(
-        accounts, redis__url=redis_server.url, redis__required=required
-    ) as gateway:
-        assert await readiness(gateway) == (200, READY)
+    shared: dict[str, object] = {"redis__url": redis_server.url}
+    async with (
+        running_gateway(accounts, server__instance="a", **shared) as tolerant,
+        running_gateway(accounts, server__instance="b", redis__required=True, **shared) as strict,
+    ):
+        both = (tolerant, strict)
+        mirrors = [one.running.instance.gateway for one in both]
         redis_server.stop()
-        mirror = gateway.running.instance.gateway
-        await eventually(lambda: mirror.mirror_silence > 9.5, 30)
-        await eventually(lambda: mirror.mirror_silence > 10, 30)
-        status, told = await readiness(gateway)
-        assert told["reasons"] == ["redis"]
-        assert (status, told["status"]) == ((503, "unavailable") if required else (200, "degraded"))
+        await eventually(lambda: min(one.mirror_silence for one in mirrors) > 9, 30)
+        assert [await readiness(one) for one in both] == [(200, READY)] * 2
+        await eventually(lambda: min(one.mirror_silence for one in mirrors) > 10, 30)
+        assert [await readiness(one) for one in both] == [
+            (200, {"status": "degraded", "reasons": ["redis"]}),
+            (503, {"status": "unavailable", "reasons": ["redis"]}),
+        ]
         redis_server.start()
-        await eventually(lambda: mirror.mirror_silence < 2, 30)
-        assert await readiness(gateway) == (200, READY)
+        await eventually(lambda: max(one.mirror_silence for one in mirrors) < 2, 30)
+        assert [await readiness(one) for one in both] == [(200, READY)] * 2
 
 
 async def test_before_it_refuses_newcomers_it_says_for_a_while_that_it_will(
