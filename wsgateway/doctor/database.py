@@ -88,18 +88,17 @@ async def _whole(path: Path, db: Store, timeout: float) -> Finding:
 
 def _owner(path: Path, owner: int, uid: int | None) -> Finding:
     name = "owner"
-    if uid is None and os.geteuid():
-        uid = os.geteuid()
-    expected = owner if uid is None else uid
+    whose, expected = "the database's", owner
+    if uid is not None:
+        whose, expected = "the gateway's", uid
+    elif os.geteuid():
+        whose, expected = "yours", os.geteuid()
     for file in _files(path):
         theirs = file.stat().st_uid
         if theirs != expected:
             fix = f"chown {expected} {file}; run commands as sudo -u '#{expected}' wsgateway ..."
-            what = f"{file} belongs to user {theirs}"
-            reason = "the database's" if uid is None else "the gateway's or yours"
-            return failed(name, f"{what}, not {expected}, which is {reason}", fix)
-    whom = "" if uid is not None else " (no gateway was seen to compare with)"
-    return passed(name, f"user {owner}{whom}")
+            return failed(name, f"{file} is user {theirs}'s, and {whose} is {expected}", fix)
+    return passed(name, f"user {owner}")
 
 
 def _mode(path: Path, mode: int) -> Finding:
