@@ -196,7 +196,6 @@ class Redis:
         finally:
             await connection.disconnect(nowait=True)
 
-
     async def ask(self, role: str, *commands: Command) -> list[Reply]:
         """One exchange over a connection of its own; error replies are returned.
 

@@ -18,9 +18,9 @@ from wsgateway.errors import StoreBusy, StoreError, StoreMissing
 from wsgateway.store import Store
 
 NETWORK: Final = frozenset(
-    "9p afs ceph cifs fuse.ceph fuse.glusterfs fuse.sshfs fuse.s3fs gfs2 glusterfs lustre ncpfs nfs "
-    "nfs4 ocfs2 smb3 smbfs virtiofs".split()
-)
+    {"9p", "afs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs", "gfs2",
+     "lustre", "nfs", "nfs4", "ocfs2", "smb3"}
+)  # fmt: skip
 """File systems on which SQLite's locks and its shared memory do not work."""
 
 COMPANIONS: Final = ("-wal", "-shm", ".lock")
@@ -29,10 +29,10 @@ COMPANIONS: Final = ("-wal", "-shm", ".lock")
 MOUNTS = Path("/proc/self/mountinfo")
 
 
-async def check(path: Path, uid: int | None, timeout: float) -> list[Finding]:
+async def check(path: Path, uid: int | None, seconds: float) -> list[Finding]:
     """Look at the file and into it; ``uid`` is the user that the gateway runs as, where known."""
     try:
-        status = path.stat()
+        status = await asyncio.to_thread(path.stat)
     except FileNotFoundError:
         fix = "wsgateway db init, or set auth.database"
         return [failed("database", f"{path}: there is no such file", fix)]
@@ -40,20 +40,20 @@ async def check(path: Path, uid: int | None, timeout: float) -> list[Finding]:
         fix = "run this as the gateway's user, or set auth.database"
         return [failed("database", f"{path}: {error.strerror}", fix)]
     return [
-        *await _contents(path, timeout),
+        *await _contents(path, seconds),
         _owner(path, status.st_uid, uid),
         _mode(path, status.st_mode),
         _place(path),
     ]
 
 
-async def _contents(path: Path, timeout: float) -> list[Finding]:
+async def _contents(path: Path, seconds: float) -> list[Finding]:
     found = []
     try:
         async with store.open_store(path) as db:
             found.append(passed("database", f"{path}: schema is up to date"))
             found.append(await _journal(path, db))
-            found.append(await _whole(path, db, timeout))
+            found.append(await _whole(path, db, seconds))
     except StoreMissing as error:
         found.append(failed("database", str(error), "wsgateway db init"))
     except StoreBusy as error:
@@ -70,16 +70,18 @@ async def _journal(path: Path, db: Store) -> Finding:
     if mode == "wal":
         return passed("journal", "write-ahead log")
     fix = f"stop the gateway, then sqlite3 {path} 'PRAGMA journal_mode=WAL', then start it"
-    what = f"journal mode is {mode}, not wal: every change locks the gateway out while it is written"
+    what = (
+        f"journal mode is {mode}, not wal: every change locks the gateway out while it is written"
+    )
     return failed("journal", what, fix)
 
 
-async def _whole(path: Path, db: Store, timeout: float) -> Finding:
+async def _whole(path: Path, db: Store, seconds: float) -> Finding:
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(seconds):
             damage = await db.damage()
     except TimeoutError:
-        return skipped("integrity", f"takes longer than {timeout:g} s: try --timeout")
+        return skipped("integrity", f"takes longer than {seconds:g} s: try --timeout")
     if damage is None:
         return passed("integrity", "quick_check found nothing")
     fix = f"stop the gateway and restore {path} from a backup"

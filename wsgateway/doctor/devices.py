@@ -97,7 +97,6 @@ async def check(
     name = "device"
     try:
         async with _connected(door, token) as device:
-            started = time.perf_counter()
             status = await _hear(device, door.timeout, type="connection_status")
             user_id = int(status["user_id"])
             found.append(passed(name, f"connected as user {user_id}"))
@@ -135,9 +134,9 @@ async def _connected(door: Door, token: str) -> AsyncIterator[ClientConnection]:
         yield device
 
 
-async def _hear(device: ClientConnection, timeout: float, **fields: str) -> dict[str, Any]:
+async def _hear(device: ClientConnection, seconds: float, **fields: str) -> dict[str, Any]:
     """The next message with these fields; others, which may be real ones, are passed over."""
-    async with asyncio.timeout(timeout):
+    async with asyncio.timeout(seconds):
         while True:
             message = json.loads(await device.recv())
             if isinstance(message, dict) and fields.items() <= message.items():

@@ -78,7 +78,7 @@ def libraries(loop: str, faults: Sequence[Fault] = FAULTS) -> list[Finding]:
         if _numbers(installed) < _numbers(fixed_in):
             fix = f"pip install -U '{library}>={fixed_in}'"
             found.append(warned(library, f"{library} {installed}: {what}", fix))
-    return [passed("libraries", ", ".join(versions)), *found] if not found else found
+    return found or [passed("libraries", ", ".join(versions))]
 
 
 def sqlite(version: str) -> Finding:

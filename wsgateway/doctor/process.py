@@ -48,7 +48,7 @@ def _holds(process: Path, wanted: set[str]) -> bool:
     with contextlib.suppress(OSError), os.scandir(process / "fd") as descriptors:
         for descriptor in descriptors:
             with contextlib.suppress(OSError):
-                if os.readlink(descriptor.path) in wanted:
+                if str(Path(descriptor.path).readlink()) in wanted:
                     return True
     return False
 

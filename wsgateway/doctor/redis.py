@@ -6,6 +6,7 @@ Only this module knows which commands the gateway uses and which settings harm i
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import time
@@ -14,8 +15,10 @@ from typing import Any, Final
 
 from wsgateway import config
 from wsgateway.doctor import host
+from wsgateway.doctor.devices import Sender
 from wsgateway.doctor.finding import Finding, failed, passed, skipped, warned
 from wsgateway.errors import one_line
+from wsgateway.gateway import user_group
 from wsgateway.link import ADVICE, Away, Command, Redis, Reply, State, state_of
 from wsgateway.metrics import Metrics
 
@@ -79,6 +82,29 @@ async def check(settings: config.Redis, queue: config.Queue) -> list[Finding]:
         _idle(settled[1]),
         host.clock("clock of redis", _seconds(clock), asked_at),
     ]
+
+
+def sender(settings: config.Redis) -> Sender:
+    """Sends as any other program may: a bare message on a group's channel."""
+    name = "redis to device"
+    redis = Redis(settings, ROLE, Metrics())
+
+    async def send(user_id: int, message: dict[str, Any]) -> Finding | None:
+        channel = f"{settings.prefix}group:{user_group(user_id)}"
+        try:
+            [heard] = await redis.ask(ROLE, ("PUBLISH", channel, json.dumps(message)))
+        except Away as error:
+            return _away(error.state)._replace(name=name)
+        if isinstance(heard, Exception):
+            return _away(state_of(heard))._replace(name=name)
+        if not heard:
+            fix = (
+                "give the gateway the same redis.url and redis.prefix; see the check of redis links"
+            )
+            return failed(name, "no gateway listens there to messages for this device", fix)
+        return None
+
+    return Sender(name, send, "is redis.url another Redis than the gateway's? see its log")
 
 
 def _away(state: State) -> Finding:
