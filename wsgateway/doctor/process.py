@@ -24,12 +24,11 @@ class Process(NamedTuple):
 
 
 def serving(port: int) -> list[Process]:
-    """The processes that listen on a TCP port. Takes some milliseconds per thousand connections."""
+    """The gateways that listen on a TCP port. Takes some milliseconds per thousand connections."""
     wanted = {f"socket:[{inode}]" for inode in _sockets(port)}
     found = []
     for entry in Path("/proc").iterdir() if wanted else ():
-        # The first process holds the sockets that it opens for others.
-        if entry.name.isdecimal() and entry.name != "1" and _holds(entry, wanted):
+        if entry.name.isdecimal() and _is_ours(entry) and _holds(entry, wanted):
             with contextlib.suppress(OSError, TypeError, ValueError):
                 found.append(_read(entry))
     return found
@@ -42,6 +41,13 @@ def _sockets(port: int) -> Iterator[str]:
                 words = line.split()
                 if words[3] == LISTENING and int(words[1].rpartition(":")[2], 16) == port:
                     yield words[9]
+
+
+def _is_ours(process: Path) -> bool:
+    """Whether it is a gateway: the first process, say, holds sockets that it opens for others."""
+    with contextlib.suppress(OSError):
+        return b"wsgateway" in (process / "cmdline").read_bytes()
+    return False
 
 
 def _holds(process: Path, wanted: set[str]) -> bool:

@@ -113,7 +113,7 @@ def _away(state: State) -> Finding:
 
 
 def _server(info: Mapping[str, str], took: float) -> Finding:
-    name, version = "redis", info.get("redis_version", "unknown")
+    name, version = "redis", info.get("redis_version", "of unknown version")
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     what = f"Redis {version} connects and answers in {took * 1000:.1f} ms"
     if info.get("role") == "slave":
@@ -185,7 +185,7 @@ def _commands(replies: Mapping[tuple[str, ...], Reply]) -> Finding:
 
 
 def _memory(info: Mapping[str, str], replies: Mapping[tuple[str, ...], Reply]) -> Finding:
-    name, policy = "redis memory", info.get("maxmemory_policy", "unknown")
+    name, policy = "redis memory", info.get("maxmemory_policy", "")
     used, most = _number(info, "used_memory"), _number(info, "maxmemory")
     what = f"{used / 1e6:.0f} of {most / 1e6:.0f} MB used, {policy}" if most else "no limit"
     full = [
@@ -195,6 +195,8 @@ def _memory(info: Mapping[str, str], replies: Mapping[tuple[str, ...], Reply]) -
     ]
     if full:
         return failed(name, f"used up: {what}", FIXES[State.OUT_OF_MEMORY])
+    if not policy:
+        return skipped(name, "Redis does not tell (INFO memory)")
     if most and policy.startswith("allkeys-"):
         what = f"{what}: the queue may be thrown away to make room"
         return warned(name, what, "CONFIG SET maxmemory-policy noeviction")
@@ -206,9 +208,11 @@ def _memory(info: Mapping[str, str], replies: Mapping[tuple[str, ...], Reply]) -
 def _clients(info: Mapping[str, str]) -> Finding:
     name = "redis clients"
     used, most = _number(info, "connected_clients"), _number(info, "maxclients")
-    if most and used > FULL * most:
+    if not most:
+        return skipped(name, "Redis does not tell (INFO clients)")
+    if used > FULL * most:
         return warned(name, f"{used} of {most} are connected", FIXES[State.MAX_CLIENTS])
-    return passed(name, f"{used} of {most or 'unknown'} are connected")
+    return passed(name, f"{used} of {most} are connected")
 
 
 def _buffers(reply: Reply) -> Finding:
