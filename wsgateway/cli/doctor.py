@@ -23,7 +23,7 @@ from wsgateway import handlers, providers, store
 from wsgateway.auth import MAX_TOKEN_LENGTH
 from wsgateway.cli import masked, remote, settings
 from wsgateway.config import Config
-from wsgateway.doctor import backend, database, devices, host, process, redis, services, visitor
+from wsgateway.doctor import backend, devices, host, process, redis, services, storage, visitor
 from wsgateway.doctor.devices import Door, Sender
 from wsgateway.doctor.finding import Finding, failed, skipped
 from wsgateway.doctor.http import Place
@@ -67,7 +67,7 @@ async def _examine(arguments: argparse.Namespace) -> list[Finding]:
     running = process.serving(config.server.port) if config.server.port else []
     uid = running[0].uid if running else None
     groups: tuple[Coroutine[Any, Any, list[Finding]], ...] = (
-        database.check(config.database(), uid, arguments.timeout),
+        storage.check(config.database(), uid, arguments.timeout),
         redis.check(config.redis, config.queue),
         services.check(config, asked, arguments.timeout),
         _live(arguments, config, door, api),

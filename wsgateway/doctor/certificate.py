@@ -35,7 +35,7 @@ def check_file(name: str, path: Path, now: float | None = None) -> Finding:
         certificates = []
     if not certificates:
         return failed(name, f"{path} holds no certificate in PEM", "name the right file")
-    judged = [check(name, certificate, now) for certificate in certificates]
+    judged = [check(name, certificate, now) for certificate in sorted(certificates, key=_end)]
     order = ("fail", "warn", "pass")
     return min(judged, key=lambda finding: order.index(finding.status))
 
@@ -80,6 +80,13 @@ def validity(der: bytes) -> tuple[float, float]:
     except IndexError:
         raise ValueError("truncated") from None
     return begins, ends
+
+
+def _end(der: bytes) -> float:
+    try:
+        return validity(der)[1]
+    except ValueError:
+        return 0.0
 
 
 def _time(der: bytes, at: int) -> tuple[float, int]:
