@@ -34,6 +34,10 @@ STAY_SECONDS = 300.0
 """How long a visitor's tokens are good beside the silence: all checks take less."""
 
 
+HOST = r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(?:6553[0-5]|[1-5]?\d{1,4}))?"
+"""A host and perhaps a port, as they stand in an address; no user, as that would be shown."""
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     """Check everything; the exit code."""
     logging.getLogger().addHandler(logging.NullHandler())  # findings say it better
@@ -66,13 +70,13 @@ async def _examine(arguments: argparse.Namespace) -> list[Finding]:
     door, api = _door(arguments, config), _api(arguments, config)
     running = process.serving(config.server.port) if config.server.port else []
     uid = running[0].uid if running else None
+    stored = await storage.check(config.database(), uid, arguments.timeout)
     groups: tuple[Coroutine[Any, Any, list[Finding]], ...] = (
-        storage.check(config.database(), uid, arguments.timeout),
         redis.check(config.redis, config.queue),
         services.check(config, asked, arguments.timeout),
         _live(arguments, config, door, api),
     )
-    stored, shared, outside, live = await asyncio.gather(*groups)
+    shared, outside, live = await asyncio.gather(*groups)
     here = [
         host.descriptors(config.limits, running),
         *host.libraries(config.runtime.loop),
@@ -88,28 +92,31 @@ async def _live(
     token, key = _read_token(arguments.token_file), remote.find_key(arguments)
     place = Place(re.sub(r"^ws(s?://[^/]*).*", r"http\1", door.url), door.timeout, door.context)
     found = [await backend.readiness(place)]
-    async with contextlib.AsyncExitStack() as stack:
-        if arguments.create:
-            seconds = STAY_SECONDS + (arguments.idle or 0)
-            try:
-                stay = visitor.staying(config.database(), seconds)
-                made = await stack.enter_async_context(stay)
-            except StoreError as error:
-                fix = "run this as the gateway's user, or give a device's token by --token-file"
-                found.append(failed("account", str(error), fix))
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            if arguments.create:
+                stay = visitor.staying(config.database(), STAY_SECONDS + (arguments.idle or 0))
+                try:
+                    made = await stack.enter_async_context(stay)
+                except StoreError as error:
+                    fix = "run this as the gateway's user, or give --token-file instead"
+                    found.append(failed("account", str(error), fix))
+                else:
+                    token, key = made.token, key or made.key
+            if api is None:
+                found.append(skipped("http api", "api.enabled = false"))
             else:
-                token, key = made.token, key or made.key
-        if api is None:
-            found.append(skipped("http api", "api.enabled = false"))
-        else:
-            found += await backend.check(api, key)
-        found.append(await devices.check_stranger(door))
-        if token:
-            senders = _senders(config, api, key)
-            interval = config.keepalive.interval
-            found += await devices.check(door, token, senders, arguments.idle, interval)
-        else:
-            found.append(skipped("device", "no token: --token-file FILE, or --create"))
+                found += await backend.check(api, key)
+            found.append(await devices.check_stranger(door))
+            if token:
+                senders = _senders(config, api, key)
+                interval = config.keepalive.interval
+                found += await devices.check(door, token, senders, arguments.idle, interval)
+            else:
+                found.append(skipped("device", "no token: --token-file FILE, or --create"))
+    except StoreError as error:  # when the visitor was to leave
+        fix = f"wsgateway user disable {visitor.NAME}-... (his tokens end in minutes by themselves)"
+        found.append(failed("account", str(error), fix))
     return found
 
 
@@ -126,7 +133,7 @@ def _door(arguments: argparse.Namespace, config: Config) -> Door:
             raise UsageError("server.port is 0: name where devices connect with --device-url")
         url = f"ws://{_reachable(config.server.host)}:{config.server.port}"
         return Door(f"{url}/ws/device/", arguments.timeout, _context(url, known=False))
-    address = re.fullmatch(r"(wss?://[\w.:\[\]-]+)(/[\w./-]*)?", given, re.ASCII)
+    address = re.fullmatch(rf"(wss?://{HOST})(/[\w./-]*)?", given, re.ASCII)
     if address is None:
         raise UsageError("--device-url: write ws://HOST[:PORT][/PATH] or wss://..., no more")
     path = address[2] if address[2] not in (None, "/") else "/ws/device/"
@@ -137,7 +144,7 @@ def _api(arguments: argparse.Namespace, config: Config) -> Place | None:
     """Where backends connect; None if the API is switched off. Raises UsageError."""
     given = arguments.url or os.environ.get("WSGATEWAY_URL")
     if given:
-        if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", given, re.ASCII):
+        if not re.fullmatch(rf"https?://{HOST}(/[\w./-]*)?", given, re.ASCII):
             raise UsageError("--url: write http://HOST[:PORT] or https://..., no more")
         return Place(given.rstrip("/"), arguments.timeout, _context(given, known=True))
     if not config.api.enabled:

@@ -6,6 +6,7 @@ Only this module judges the file. All SQL is in `store`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -95,8 +96,8 @@ def _owner(path: Path, owner: int, uid: int | None) -> Finding:
         whose, expected = "the gateway's", uid
     elif os.geteuid():
         whose, expected = "yours", os.geteuid()
-    for file in _files(path):
-        theirs = file.stat().st_uid
+    for file, status in _files(path):
+        theirs = status.st_uid
         if theirs != expected:
             fix = f"chown {expected} {file}; run commands as sudo -u '#{expected}' wsgateway ..."
             return failed(name, f"{file} is user {theirs}'s, and {whose} is {expected}", fix)
@@ -105,8 +106,8 @@ def _owner(path: Path, owner: int, uid: int | None) -> Finding:
 
 def _mode(path: Path, mode: int) -> Finding:
     name = "permissions"
-    for file in _files(path):
-        bits = stat.S_IMODE(file.stat().st_mode)
+    for file, status in _files(path):
+        bits = stat.S_IMODE(status.st_mode)
         if bits & 0o077:
             what = f"{file} has mode {bits:04o}: others can read who may connect, or change it"
             return failed(name, what, f"chmod 600 {file}")
@@ -118,11 +119,12 @@ def _mode(path: Path, mode: int) -> Finding:
     return passed(name, f"file {stat.S_IMODE(mode):04o}, folder {bits:04o}")
 
 
-def _files(path: Path) -> Iterator[Path]:
-    """The database and those of its companions that are there."""
-    for file in (path, *(Path(f"{path}{ending}") for ending in COMPANIONS)):
-        if file.exists():
-            yield file
+def _files(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The database and those of its companions that are there, which come and go."""
+    for ending in ("", *COMPANIONS):
+        file = Path(f"{path}{ending}")
+        with contextlib.suppress(FileNotFoundError):
+            yield file, file.stat()
 
 
 def _place(path: Path) -> Finding:
