@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -176,6 +177,17 @@ def test_a_gateway_that_does_not_run_is_to_be_started(patient: Patient) -> None:
     for name in states(found, "fail"):
         assert "refused" in found[name]["what"] or "failed" in found[name]["what"]
         assert "start wsgateway" in found[name]["fix"]
+
+
+def test_a_gateway_that_hangs_is_told_in_time(running: tuple[Patient, Process]) -> None:
+    patient, process = running
+    process.popen.send_signal(signal.SIGSTOP)
+    code, found = patient.look("--timeout", "0.5", "--create")
+    process.popen.send_signal(signal.SIGCONT)
+    assert code == 1
+    assert states(found, "fail") == {"readiness", "http api", "refusal", "device"}
+    assert "no answer within 0.5 s" in found["readiness"]["what"]
+    assert "no answer within 0.5 s" in found["device"]["what"]
 
 
 def test_keys_and_tokens_that_are_no_good_are_said_so_and_never_shown(
@@ -597,6 +609,7 @@ async def test_the_certificate_that_devices_are_shown_is_judged(
         (["--device-url", "ws://x/?token=secret"], 2, "--device-url: write ws://"),
         (["--device-url", "ws://user:secret@x/"], 2, "--device-url: write ws://"),
         (["--device-url", "ws://x:99999/"], 2, "--device-url: write ws://"),
+        (["--device-url", "http://x/"], 2, "--device-url: write ws://"),
         (["--device-url", "ws://[::1"], 2, "--device-url: write ws://"),
         (["--url", "ftp://x"], 2, "--url: write http://"),
         (["--timeout", "0"], 2, "invalid number of seconds"),

@@ -34,8 +34,11 @@ STAY_SECONDS = 300.0
 """How long a visitor's tokens are good beside the silence: all checks take less."""
 
 
-HOST = r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(?:6553[0-5]|[1-5]?\d{1,4}))?"
-"""A host and perhaps a port, as they stand in an address; no user, as that would be shown."""
+ADDRESS = re.compile(
+    r"(?P<scheme>\w+)://(?P<host>[\w.-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?(?P<path>/[\w./-]*)?",
+    re.ASCII,
+)
+"""No user and no query: they would be shown."""
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -133,20 +136,26 @@ def _door(arguments: argparse.Namespace, config: Config) -> Door:
             raise UsageError("server.port is 0: name where devices connect with --device-url")
         url = f"ws://{_reachable(config.server.host)}:{config.server.port}"
         return Door(f"{url}/ws/device/", arguments.timeout, _context(url, known=False))
-    address = re.fullmatch(rf"(wss?://{HOST})(/[\w./-]*)?", given, re.ASCII)
-    if address is None:
-        raise UsageError("--device-url: write ws://HOST[:PORT][/PATH] or wss://..., no more")
-    path = address[2] if address[2] not in (None, "/") else "/ws/device/"
-    return Door(address[1] + path, arguments.timeout, _context(given, known=True))
+    base, path = _address("--device-url", given, "ws", "wss")
+    return Door(base + (path if len(path) > 1 else "/ws/device/"), arguments.timeout,
+                _context(given, known=True))  # fmt: skip
+
+
+def _address(option: str, given: str, *schemes: str) -> tuple[str, str]:
+    """An address without its path, and the path. Raises UsageError, which does not repeat it."""
+    found = ADDRESS.fullmatch(given)
+    if found is None or found["scheme"] not in schemes or int(found["port"] or 0) > 65535:
+        raise UsageError(f"{option}: write {schemes[0]}://HOST[:PORT][/PATH] or {schemes[1]}://...")
+    path = found["path"] or ""
+    return given.removesuffix(path), path
 
 
 def _api(arguments: argparse.Namespace, config: Config) -> Place | None:
     """Where backends connect; None if the API is switched off. Raises UsageError."""
     given = arguments.url or os.environ.get("WSGATEWAY_URL")
     if given:
-        if not re.fullmatch(rf"https?://{HOST}(/[\w./-]*)?", given, re.ASCII):
-            raise UsageError("--url: write http://HOST[:PORT] or https://..., no more")
-        return Place(given.rstrip("/"), arguments.timeout, _context(given, known=True))
+        base, path = _address("--url", given, "http", "https")
+        return Place(base + path.rstrip("/"), arguments.timeout, _context(given, known=True))
     if not config.api.enabled:
         return None
     if not config.api.port:
