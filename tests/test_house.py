@@ -20,13 +20,13 @@ LAYERS = [
     {"connection", "control", "sends", "presence", "health"},
     {"admission", "ingest"},
     {"listener", "federation", "api"},
-    {"server", "demo"},
+    {"server", "demo", "doctor"},
     {"cli"},
 ]
 """From the lowest; a room imports from those below it, and a package's parts from each other."""
 
 THIRD_PARTY = {
-    "websockets": {"connection", "handshake", "admission", "listener"},
+    "websockets": {"connection", "handshake", "admission", "listener", "doctor"},
     "aiosqlite": {"store"},
     "sqlite3": {"store"},
     "uvloop": {"server"},
@@ -37,7 +37,8 @@ THIRD_PARTY = {
     "msgspec": {"config", "handlers", "demo", "server", "api", "providers"},
     "orjson": {"wire", "handshake", "logs", "envelope", "cluster", "presence", "ingest", "api"},
 }
-"""Where a library may be imported. Handlers use msgspec as a user's own types do."""
+"""Where a library may be imported. Handlers use msgspec as a user's own types do; the doctor is a
+device, and so a WebSocket client."""
 
 
 def room(path: Path) -> str:

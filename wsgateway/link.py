@@ -93,6 +93,14 @@ class Deaf(Exception):
     """What was published did not come back."""
 
 
+class Away(Exception):
+    """An exchange with Redis failed; ``state`` says how."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state)
+        self.state = state
+
+
 def state_of(error: BaseException) -> State:
     """The state that an error, or an error reply, says Redis is in."""
     kinds: tuple[tuple[type[BaseException], State], ...] = (
@@ -187,6 +195,21 @@ class Redis:
             yield connection
         finally:
             await connection.disconnect(nowait=True)
+
+    async def ask(self, role: str, *commands: Command) -> list[Reply]:
+        """One exchange over a connection of its own; error replies are returned.
+
+        Raises:
+            Away: Redis did not answer all of it.
+
+        """
+        try:
+            async with self.connected(role) as connection, asyncio.timeout(self.timeout):
+                packed = connection.pack_commands(commands)
+                await connection.send_packed_command(packed, check_health=False)
+                return [await _reply(connection) for _ in commands]
+        except (exceptions.RedisError, OSError, TimeoutError, RuntimeError) as error:
+            raise Away(state_of(error)) from None
 
 
 async def stay(condition: Condition, session: Callable[[], Awaitable[None]]) -> None:

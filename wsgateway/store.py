@@ -39,6 +39,8 @@ INTACT_SECONDS = 0.01
 LOCK_TIMEOUT = 5.0
 """Seconds that a command waits for another command that is writing."""
 
+SQLITE_VERSION = sqlite3.sqlite_version
+
 Scope = Literal["device", "api", "admin"]
 
 MIGRATIONS = (
@@ -132,6 +134,22 @@ class Store:
         """A number that differs once another process has changed the database."""
         return int((await self._all("PRAGMA data_version"))[0][0])
 
+    async def journal_mode(self) -> str:
+        """How changes are journaled: 'wal', unless another program changed it."""
+        return str((await self._all("PRAGMA journal_mode"))[0][0])
+
+    async def damage(self) -> str | None:
+        """The first thing that is wrong with the file, None if nothing.
+
+        Reads all of it. Cancelling is safe and ends the reading.
+        """
+        try:
+            answer = str((await self._all("PRAGMA quick_check(1)"))[0][0])
+        except asyncio.CancelledError:
+            await self._connection.interrupt()
+            raise
+        return None if answer == "ok" else answer
+
     async def tokens_by_hash(self, hashes: Sequence[str]) -> dict[str, TokenRow]:
         """The tokens with these hashes, in one query: 100 at once cost little more than one."""
         sql = f"{_TOKEN_COLUMNS} WHERE t.hash IN (SELECT value FROM json_each(?))"
@@ -209,6 +227,10 @@ class Store:
     async def set_active(self, user_id: int, active: bool) -> None:
         """Enable or disable a user."""
         await self._all("UPDATE users SET active = ? WHERE id = ?", int(active), user_id)
+
+    async def remove_user(self, user_id: int) -> None:
+        """Remove a user with all tokens and bindings. The next new user may get the same id."""
+        await self._all("DELETE FROM users WHERE id = ?", user_id)
 
     async def add_device(self, name: str, device_id: int | None = None) -> int:
         """Create a device; its id. Raises Conflict."""

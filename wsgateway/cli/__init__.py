@@ -66,7 +66,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _complain(text: str) -> None:
     """Say what is wrong, in one line that shows no token, wherever one was typed by mistake."""
-    print(_TOKEN.sub("***", one_line(text)), file=sys.stderr)
+    print(masked(text), file=sys.stderr)
+
+
+def masked(text: str) -> str:
+    """One line in which nothing is left that looks like a token."""
+    return _TOKEN.sub("***", one_line(text))
 
 
 def _drop_output() -> None:
@@ -95,6 +100,7 @@ def build_parser() -> Parser:
     _add_looks(commands)
     _add_disconnect(commands)
     _add_queue(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -230,6 +236,38 @@ def _add_queue(commands: argparse._SubParsersAction[Parser]) -> None:
     _remote(verbs, "queue_clear", "clear", "throw away what waits")
 
 
+def _add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "say what is wrong with a gateway and its surroundings, and what to do"
+    doctor = commands.add_parser("doctor", help=text, description=text, allow_abbrev=False)
+    doctor.set_defaults(command=("doctor", "doctor"))
+    _add_settings(doctor)
+    doctor.add_argument(
+        "--device-url", metavar="URL", help="ws:// or wss:// address of devices, e.g. a proxy's"
+    )
+    doctor.add_argument(
+        "--url", help="of the HTTP API; default: $WSGATEWAY_URL, else as configured"
+    )
+    doctor.add_argument("--key-file", metavar="FILE", help="file that holds a key of the HTTP API")
+    visitor = doctor.add_mutually_exclusive_group()
+    visitor.add_argument(
+        "--token-file", metavar="FILE", help="be the device whose token this holds; - for stdin"
+    )
+    visitor.add_argument(
+        "--create", action="store_true", help="be a user who is made for it and removed after"
+    )
+    doctor.add_argument(
+        "--idle", type=_seconds, metavar="SECONDS", help="be silent so long: who cuts the device?"
+    )
+    doctor.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="for each step (default: 5)",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _remote(
     verbs: argparse._SubParsersAction[Parser], function: str, name: str, text: str
 ) -> Parser:
@@ -253,6 +291,16 @@ def _identifier(text: str) -> int:
 
 
 _identifier.__name__ = "id"  # as argparse words its error
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 3600:
+        raise ValueError(text)
+    return number
+
+
+_seconds.__name__ = "number of seconds"
 
 
 def _noun(

@@ -207,20 +207,26 @@ def _call(
         ) from None
 
 
-def _key(arguments: argparse.Namespace) -> str:
+def find_key(arguments: argparse.Namespace) -> str:
+    """The key of the HTTP API; empty if none is given. Raises UsageError."""
     place = arguments.key_file or (
         None if os.environ.get("WSGATEWAY_API_KEY") else os.environ.get("WSGATEWAY_API_KEY_FILE")
     )
     key = (
         Path(place).read_text("utf-8").strip() if place else os.environ.get("WSGATEWAY_API_KEY", "")
     )
+    if not key.isascii() or not key.isprintable():
+        raise UsageError("the key holds characters that no key has")
+    return key
+
+
+def _key(arguments: argparse.Namespace) -> str:
+    key = find_key(arguments)
     if not key:
         raise UsageError(
             "no key: set $WSGATEWAY_API_KEY or $WSGATEWAY_API_KEY_FILE "
             "(wsgateway token create --user USER --scope admin)"
         )
-    if not key.isascii() or not key.isprintable():
-        raise UsageError("the key holds characters that no key has")
     return key
 
 
