@@ -26,7 +26,7 @@ REASONS: Final = {
     "database": "see the checks of the database",
     "redis": "see the checks of redis",
     "descriptors": "see the check of descriptors",
-    "lag": "lower the load, or add an instance",
+    "loop_lag": "lower the load, or add an instance",
 }
 """What to do about each reason that /readyz names."""
 
