@@ -81,7 +81,6 @@ async def test_a_rolling_restart_of_two_instances_costs_each_device_a_moment(
             "--host", "127.0.0.1", "--port", str(port), "--set", "server.reuse_port=true",
             "--set", f"server.instance={name}", "--set", f"redis.url={redis_server.url}",
             "--set", f"auth.database={crowd.path}", "--set", "drain.window=6s",
-            "--set", "log.level=warning",
         )  # fmt: skip
 
     backend = Backend(key)
