@@ -24,6 +24,8 @@ from load import Load
 from wsgateway import auth, store
 
 HERE = Path(__file__).parent
+CORES = sorted(os.sched_getaffinity(0))
+"""The first is for what is measured, the last for who measures."""
 PING = b'{"type":"ping","message":{},"timestamp":"2026-11-22T22:16:44.524Z"}'
 PUBLISH = b'{"type":"publish","message":"0123456789012345678901234567890123456789"}'
 
@@ -55,15 +57,13 @@ async def make_database(path: Path, count: int) -> None:
 
 
 @contextlib.contextmanager
-def started(
-    command: list[str], cpu: int, sign: str, stream: str
-) -> Iterator[subprocess.Popen[str]]:
+def started(command: list[str], sign: str, stream: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         command, text=True, cwd=HERE,
         env=os.environ | {"PYTHONPATH": str(HERE)},
         stdout=subprocess.PIPE if stream == "stdout" else subprocess.DEVNULL,
         stderr=subprocess.PIPE if stream == "stderr" else None,
-        preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
+        preexec_fn=lambda: os.sched_setaffinity(0, CORES[:1]),
     )  # fmt: skip
     try:
         output = getattr(process, stream)
@@ -79,20 +79,26 @@ def started(
 
 @contextlib.contextmanager
 def servers(folder: Path, port: int) -> Iterator[dict[str, Server]]:
-    cpu = min(os.sched_getaffinity(0))
-    settings = {
-        "server.host": "127.0.0.1", "server.port": port + 1, "auth.database": folder / "bench.db",
-        "auth.cache_ttl": 0, "limits.messages": 1_000_000_000, "handlers.modules": "bench_handlers",
-        "limits.connections_per_user": 100_000,
-    }  # fmt: skip
-    options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     bare = [sys.executable, str(HERE / "bare_server.py"), str(port)]
-    gateway = [sys.executable, "-m", "wsgateway", "serve", *options]
     with (
-        started(bare, cpu, "ready", "stdout") as first,
-        started(gateway, cpu, " ready ", "stderr") as second,
+        started(bare, "ready", "stdout") as first,
+        gateway(folder / "bench.db", port + 1) as second,
     ):
-        yield {"bare": Server(first, port), "gateway": Server(second, port + 1)}
+        yield {"bare": Server(first, port), "gateway": second}
+
+
+@contextlib.contextmanager
+def gateway(database: Path, port: int, **settings: object) -> Iterator[Server]:
+    """A gateway on the first core, with limits raised and everything else as shipped."""
+    settings = {
+        "server.host": "127.0.0.1", "server.port": port, "auth.database": database,
+        "auth.cache_ttl": 0, "limits.messages": 1_000_000_000, "handlers.modules": "bench_handlers",
+        "limits.connections_per_user": 100_000, "api.port": 0,
+    } | {key.replace("__", "."): value for key, value in settings.items()}  # fmt: skip
+    options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "wsgateway", "serve", *options]
+    with started(command, " ready ", "stderr") as process:
+        yield Server(process, port)
 
 
 def cost(server: Server, count: int, work: Callable[[Load], int]) -> float:
@@ -153,7 +159,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=5000)
     parser.add_argument("--port", type=int, default=8290)
     options = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    os.sched_setaffinity(0, CORES[-1:])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         asyncio.run(make_database(folder / "bench.db", max(1000, options.connections)))
