@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from load import Load
+from load import Load, count_frames
 from measure import CORES, gateway, make_database
 
 from wsgateway import auth, store
@@ -67,9 +67,12 @@ def latencies(port: int, load: Load, count: int) -> list[float]:
     for _ in range(count):
         began = time.perf_counter()
         caller.send(request("?wait=none"))
-        device.recv(65536)
+        while not count_frames(device.recv(65536))[0]:
+            pass  # a ping
         found.append(time.perf_counter() - began)
-        caller.recv(65536)
+        answer = caller.recv(65536)
+        if not answer.startswith(b"HTTP/1.1 200"):
+            raise SystemExit(f"refused: {answer[:200]!r}")
         time.sleep(0.002)  # idle, as the promise says
     caller.close()
     return sorted(found)
@@ -101,11 +104,7 @@ def measure_mirror(folder: Path, port: int) -> None:
         cwd=folder, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        # No pings: each read is then the message that was just sent.
-        shared = {
-            "redis__url": f"redis://127.0.0.1:{redis_port}/0",
-            "keepalive__interval": "5m",
-        }
+        shared = {"redis__url": f"redis://127.0.0.1:{redis_port}/0"}
         with (
             gateway(database, port, server__instance="a", api__port=port + 1, **shared),
             gateway(database, port + 2, server__instance="b", **shared) as other,
