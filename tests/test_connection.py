@@ -17,6 +17,7 @@ from websockets.frames import Frame, Opcode, apply_mask  # type: ignore[attr-def
 from wsgateway import config, connection, handlers
 from wsgateway.auth import Identity
 from wsgateway.connection import Connection
+from wsgateway.deflate import Deflate
 from wsgateway.handshake import Visit
 from wsgateway.limits import Window
 from wsgateway.metrics import Metrics
@@ -68,6 +69,7 @@ class OpenDoor:
     """A door that lets everybody in."""
 
     limits = LIMITS
+    deflate: Deflate | None = None
     max_pending = 16
     metrics = Metrics()
     services: Any = None

@@ -7,12 +7,14 @@ import asyncio
 from wsgateway.fanout import Fanout, Member
 from wsgateway.hub import Hub
 from wsgateway.metrics import Metrics
+from wsgateway.wire import Framing
 
 
 class Inbox:
     """A member that keeps what it is given."""
 
     def __init__(self, accepts: bool = True) -> None:
+        self.frame: Framing = bytes  # frames without heads
         self.writes: list[bytes] = []
         self.accepts = accepts
 
