@@ -32,6 +32,8 @@ MEMORY_LEVEL: Final = 5
 """zlib's memLevel: 32 KiB while a message is compressed, at a window of 12 bits. To clear the
 256 KiB of zlib's defaults takes five times as long as to compress a short message."""
 
+NOTHING_AGREED: Final = ("", 0)
+
 USUAL_OFFERS: Final = ("permessage-deflate; client_max_window_bits", "permessage-deflate")
 """What Chromium and most libraries offer, and what Firefox and Safari do."""
 
@@ -58,7 +60,8 @@ class Inflate(PerMessageDeflate):
         """As the library, with one more bound: zlib collects what follows a final block, without
         adding to the message whose size is limited."""
         decoded = super().decode(frame, max_size=max_size)
-        if self.decode_cont_data and len(self.decoder.unused_data) > AFTER_FINAL_BYTES:
+        unfinished = self.decode_cont_data and not frame.fin
+        if unfinished and len(self.decoder.unused_data) > AFTER_FINAL_BYTES:
             raise ProtocolError("data after the final block")
         return decoded
 
@@ -66,9 +69,10 @@ class Inflate(PerMessageDeflate):
 class Deflate:
     """What is agreed on with devices, and how messages to them become frames.
 
-    ``factory`` is for cores that judge an offer. ``usual`` maps the usual offers to their answer
-    and the window size agreed on, in bits. ``framings`` has, for each window size, what makes a
-    frame of a message: one and the same object for all connections with that size.
+    ``factory`` is for cores that judge an offer. ``usual`` maps the usual offers, and None, to the
+    header line of the answer and the window size agreed on, in bits. ``framings`` has, for each
+    window size, what makes a frame of a message: one and the same object for all connections with
+    that size.
     """
 
     def __init__(self, settings: Compression, metrics: Metrics) -> None:
@@ -80,8 +84,9 @@ class Deflate:
             client_no_context_takeover=True,
             server_max_window_bits=window if window < LARGEST_WINDOW else None,
         )
-        self.usual: Mapping[str, tuple[str, int]] = {
-            offer: self._answer(offer) for offer in USUAL_OFFERS
+        self.usual: Mapping[str | None, tuple[str, int]] = {
+            None: NOTHING_AGREED,
+            **{offer: self._answer(offer) for offer in USUAL_OFFERS},
         }
         self.framings: Mapping[int, Framing] = {
             bits: partial(self._frame, bits) for bits in range(9, LARGEST_WINDOW + 1)
@@ -91,8 +96,7 @@ class Deflate:
         core = ServerProtocol(extensions=[self.factory])
         headers = Headers([("Sec-WebSocket-Extensions", offer)])
         answer, core.extensions = core.process_extensions(headers)
-        assert answer is not None
-        return answer, agreed_window(core)
+        return f"Sec-WebSocket-Extensions: {answer}\r\n", agreed_window(core)
 
     def _frame(self, bits: int, payload: bytes) -> bytes:
         """A message's frame, compressed where that makes it shorter."""

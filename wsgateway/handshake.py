@@ -21,7 +21,7 @@ from websockets.http11 import MAX_LINE_LENGTH, MAX_NUM_HEADERS, Request
 from websockets.server import ServerProtocol
 from websockets.utils import accept_key
 
-from wsgateway.deflate import Deflate, agreed_window
+from wsgateway.deflate import NOTHING_AGREED, Deflate, agreed_window
 from wsgateway.wire import SUBPROTOCOL
 
 CORE_LOG = logging.getLogger("websockets.server")
@@ -150,6 +150,8 @@ def read_plain(head: bytes, deflate: Deflate | None = None) -> Visit | None:
         headers[name.lower()] = value.strip(" ")
     key = headers.get("sec-websocket-key", "")
     offered = headers.get("sec-websocket-protocol")
+    extension = headers.get("sec-websocket-extensions")
+    agreed = deflate.usual.get(extension) if deflate is not None else NOTHING_AGREED
     if (
         len(headers) < len(lines)
         or not first.isprintable()
@@ -159,24 +161,19 @@ def read_plain(head: bytes, deflate: Deflate | None = None) -> Visit | None:
         or not _KEY.fullmatch(key)
         or not (offered is None or _TOKENS.fullmatch(offered))
         or not _BODIES.isdisjoint(headers)
+        or agreed is None
     ):
         return None
-    agreed, window_bits = "", 0
-    if deflate is not None and "sec-websocket-extensions" in headers:
-        usual = deflate.usual.get(headers["sec-websocket-extensions"])
-        if usual is None:
-            return None
-        agreed, window_bits = f"\r\nSec-WebSocket-Extensions: {usual[0]}", usual[1]
     names = _names(offered) if offered else []
-    chosen = f"\r\nSec-WebSocket-Protocol: {SUBPROTOCOL}" if SUBPROTOCOL in names else ""
+    chosen = f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n" if SUBPROTOCOL in names else ""
     answer = (
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        f"Sec-WebSocket-Accept: {accept_key(key)}{agreed}{chosen}\r\n\r\n"
+        f"Sec-WebSocket-Accept: {accept_key(key)}\r\n{agreed[0]}{chosen}\r\n"
     ).encode()
     credentials, origin = headers.get("authorization"), headers.get("origin")
     visit = _visit(
         "GET", first[4:-9], names, credentials, origin,
-        valid=True, answer=answer, window_bits=window_bits,
+        valid=True, answer=answer, window_bits=agreed[1],
     )  # fmt: skip
     return visit if visit.route is Route.DEVICE else None
 
