@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import weakref
 import zlib
 from collections.abc import Sequence
 from itertools import pairwise
@@ -225,6 +226,16 @@ def test_a_device_has_a_core_only_while_it_needs_one() -> None:
         assert device._core is None
     device.data_received(masked(Opcode.TEXT, b"{", fin=False))
     assert device._core is not None
+
+
+def test_a_core_that_is_not_needed_any_more_leaves_no_garbage() -> None:
+    device, wire = Connection(OpenDoor()), Wire()
+    device.connection_made(wire)
+    device.data_received(REQUEST)
+    device.data_received(PING[:3])
+    core = weakref.ref(device._core)
+    device.data_received(PING[3:])
+    assert core() is None
 
 
 def test_the_answers_to_one_read_are_one_write() -> None:

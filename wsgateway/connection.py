@@ -418,6 +418,7 @@ class Connection(asyncio.Protocol):
             core.receive_data(data[start : start + size])
             self._handle_frames(core, now)
         if FAST_PATH and _at_rest(core):
+            core.parser.close()  # refers to the core: both would wait for a garbage collection
             self._core = None
 
     def _wake_core(self) -> Core:
