@@ -199,14 +199,17 @@ class Fanout:
                     return
                 batch.members = list(self._hub.members(batch.group))
             frame: Framing | None = None
-            data = b""
+            data, is_late = b"", False
             while batch.members:
                 member = batch.members.pop()
                 if member.frame is not frame:
                     frame = member.frame
-                    data = batch.joined(frame)
+                    data = batch.joined(frame)  # may have compressed 64 KiB
+                    is_late = time.perf_counter() > deadline
                 batch.written += member.push(data)
-                if len(batch.members) % MEMBERS_PER_LOOK == 0 and time.perf_counter() > deadline:
+                if len(batch.members) % MEMBERS_PER_LOOK == 0:
+                    is_late = time.perf_counter() > deadline
+                if is_late:
                     break
             if batch.members:
                 self._metrics.fanout_slices += 1
