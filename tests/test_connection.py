@@ -185,6 +185,7 @@ def test_the_fast_path_and_the_core_say_the_same(
     places = [0, *sorted(cut for cut in cuts if cut < len(stream)), len(stream)]
     reads = [stream[a:b] for a, b in pairwise(places) if a < b]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "READ_SECONDS", 60)  # no loop runs that could take turns
         fast = answers(reads, deflate)
         patch.setattr(connection, "FAST_PATH", False)
         slow = answers(reads, deflate)
