@@ -171,6 +171,29 @@ async def test_what_the_javascript_client_and_the_gateway_say_to_each_other(
 
 
 @in_javascript
+async def test_the_javascript_client_talks_compressed_where_that_is_switched_on(
+    machine: Machine, accounts: Accounts
+) -> None:
+    text = "压缩我 " * 500
+    async with running_gateway(accounts, compression__enabled=True) as gateway:
+        metrics = gateway.running.instance.metrics
+        with machine.device(f"ws://127.0.0.1:{gateway.port}", accounts.token) as device:
+            await device.until("message")
+            before = metrics.received_bytes
+            device.call(("chat", text), ("chat", "short"))
+            messages = await device.until("message", 3)
+            gateway.running.instance.gateway.to_user(1, {"type": "news", "text": text})
+            news = (await device.until("message", 4))[3]["message"]
+        answers = [event["message"]["message"] for event in messages[1:]]
+        assert sorted(answers) == sorted(f"收到消息:{each}" for each in (text, "short"))
+        assert news == {"type": "news", "text": text}
+        assert metrics.compression_agreed == 1
+        assert metrics.compression_input_bytes > 2 * len(text.encode())
+        assert metrics.compression_output_bytes < 1000
+        assert metrics.received_bytes - before < 1000
+
+
+@in_javascript
 async def test_heartbeats_of_the_javascript_client_are_answered_and_it_answers_pings(
     machine: Machine, accounts: Accounts
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import weakref
+import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,6 +19,7 @@ from websockets.frames import Frame, Opcode, apply_mask  # type: ignore[attr-def
 from wsgateway import config, connection, handlers
 from wsgateway.auth import Identity
 from wsgateway.connection import Connection
+from wsgateway.deflate import Deflate
 from wsgateway.handshake import Visit
 from wsgateway.limits import Window
 from wsgateway.metrics import Metrics
@@ -26,6 +29,8 @@ REQUEST = (
     b"GET /ws/device/ HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
+OFFER = b"Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n"
+DEFLATE = Deflate(config.Compression(enabled=True, min_bytes=1 << 20), Metrics())
 LIMITS = config.Limits(messages=30, message_characters=50, message_bytes=1000, fragments=4)
 RULES = Rules(handlers.load(()), LIMITS.message_characters, 5, Metrics())
 
@@ -73,6 +78,9 @@ class OpenDoor:
     services: Any = None
     gateway: Any = None
 
+    def __init__(self, deflate: Deflate | None = None) -> None:
+        self.deflate = deflate
+
     def requested(self, device: Connection, visit: Visit) -> None:
         session = Session(RULES, Window(LIMITS.messages, 60), device)
         device.open(visit.answer, Identity(1, "", 1, 1, None, 1), session)
@@ -85,16 +93,18 @@ class OpenDoor:
     def spawn(self, device: Connection) -> Any: ...
 
 
-def answers(reads: Sequence[bytes]) -> tuple[list[bytes], list[bytes], bool]:
+def answers(
+    reads: Sequence[bytes], deflate: Deflate | None
+) -> tuple[list[bytes], list[bytes], bool]:
     """What a connection writes for what it reads: messages without times, pongs, if it ended.
 
     Where one read holds two reasons to close, such as an invalid message and the peer's own close
     frame, the core has seen both before we judge the first: which code is sent, and whether pings
     between them are still answered, is then open.
     """
-    device, wire = Connection(OpenDoor()), Wire()
+    device, wire = Connection(OpenDoor(deflate)), Wire()
     device.connection_made(wire)
-    device.data_received(REQUEST)
+    device.data_received(REQUEST[:-2] + OFFER)
     handshake_length = len(wire.written)
     for read in reads:
         device.data_received(read)
@@ -121,6 +131,13 @@ def masked(opcode: Opcode, data: bytes, fin: bool = True) -> bytes:
 
 PING = masked(Opcode.TEXT, b'{"type":"ping"}')
 PONG = masked(Opcode.PONG, b"")
+
+
+def deflated(data: bytes) -> bytes:
+    """A compressed message."""
+    compressor = zlib.compressobj(wbits=-15)
+    return (compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
 
 messages = st.sampled_from(
     [
@@ -149,6 +166,9 @@ frames = st.one_of(
     ),
     messages.map(lambda data: Frame(Opcode.TEXT, data).serialize(mask=False)),
     messages.map(lambda data: b"\xc1" + masked(Opcode.TEXT, data)[1:]),  # with RSV1
+    messages.map(lambda data: b"\xc1" + masked(Opcode.TEXT, deflated(data))[1:]),
+    messages.map(lambda data: b"\x41" + masked(Opcode.TEXT, deflated(data)[:9])[1:])
+    | messages.map(lambda data: masked(Opcode.CONT, deflated(data)[9:])),
     st.just(b"\x81\xfe\x00\x02abcd" + b"{}"),  # a length that is longer than it need be
     st.just(b"\x81\xff\x7f\xff\xff\xff\xff\xff\xff\xff"),
     st.binary(max_size=20),
@@ -157,14 +177,18 @@ frames = st.one_of(
 
 @given(st.lists(frames, max_size=40), st.lists(st.integers(0, 3000), max_size=12))
 @example([masked(Opcode.TEXT, b'{"type":"ping"}')] * 40, [])
-def test_the_fast_path_and_the_core_say_the_same(frames: list[bytes], cuts: list[int]) -> None:
+@pytest.mark.parametrize("deflate", [None, DEFLATE])
+def test_the_fast_path_and_the_core_say_the_same(
+    deflate: Deflate | None, frames: list[bytes], cuts: list[int]
+) -> None:
     stream = b"".join(frames)
     places = [0, *sorted(cut for cut in cuts if cut < len(stream)), len(stream)]
     reads = [stream[a:b] for a, b in pairwise(places) if a < b]
     with pytest.MonkeyPatch.context() as patch:
-        fast = answers(reads)
+        patch.setattr(connection, "READ_SECONDS", 60)  # no loop runs that could take turns
+        fast = answers(reads, deflate)
         patch.setattr(connection, "FAST_PATH", False)
-        slow = answers(reads)
+        slow = answers(reads, deflate)
     assert fast == slow
 
 
@@ -203,6 +227,16 @@ def test_a_device_has_a_core_only_while_it_needs_one() -> None:
         assert device._core is None
     device.data_received(masked(Opcode.TEXT, b"{", fin=False))
     assert device._core is not None
+
+
+def test_a_core_that_is_not_needed_any_more_leaves_no_garbage() -> None:
+    device, wire = Connection(OpenDoor()), Wire()
+    device.connection_made(wire)
+    device.data_received(REQUEST)
+    device.data_received(PING[:3])
+    core = weakref.ref(device._core)
+    device.data_received(PING[3:])
+    assert core() is None
 
 
 def test_the_answers_to_one_read_are_one_write() -> None:

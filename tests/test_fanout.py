@@ -7,12 +7,14 @@ import asyncio
 from wsgateway.fanout import Fanout, Member
 from wsgateway.hub import Hub
 from wsgateway.metrics import Metrics
+from wsgateway.wire import Framing
 
 
 class Inbox:
     """A member that keeps what it is given."""
 
     def __init__(self, accepts: bool = True) -> None:
+        self.frame: Framing = bytes  # frames without heads
         self.writes: list[bytes] = []
         self.accepts = accepts
 
@@ -38,6 +40,33 @@ async def test_frames_of_one_turn_are_one_write_in_order() -> None:
     assert inbox.writes == [b"123"]
     assert [(each.matched, each.written) for each in deliveries] == [(1, 1)] * 3
     assert metrics.delivered == 3
+
+
+async def test_a_message_is_framed_once_for_all_who_have_it_framed_alike() -> None:
+    framed: list[bytes] = []
+
+    def shout(payload: bytes) -> bytes:
+        framed.append(payload)
+        return payload.upper()
+
+    plain, loud = [Inbox(), Inbox()], [Inbox(), Inbox()]
+    for each in loud:
+        each.frame = shout
+    _, fanout, _ = group_of(plain[0], loud[0], plain[1], loud[1])
+    fanout.post("g", b"a")
+    await fanout.post("g", b"b")
+    assert [each.writes for each in (*plain, *loud)] == [[b"ab"], [b"ab"], [b"AB"], [b"AB"]]
+    assert framed == [b"a", b"b"]
+
+
+async def test_what_is_joined_is_bounded() -> None:
+    inbox = Inbox()
+    _, fanout, _ = group_of(inbox, max_bytes=1 << 20)
+    sizes = [40_000, 20_000, 20_000, 70_000, 1]
+    for size in sizes:
+        last = fanout.post("g", b"x" * size)
+    await last
+    assert [len(write) for write in inbox.writes] == [60_000, 20_000, 70_000, 1]
 
 
 async def test_order_is_kept_over_groups() -> None:

@@ -9,7 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from wsgateway.config import Compression
+from wsgateway.deflate import Deflate
 from wsgateway.handshake import Malformed, Reader, Route, Visit, read_plain
+from wsgateway.metrics import Metrics
 
 KEY = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
 UPGRADE = [b"Host: h", b"Upgrade: websocket", b"Connection: Upgrade", KEY]
@@ -19,9 +22,12 @@ DATE = re.compile(rb"Date: [^\r]*\r\n")
 PLAIN = b"\r\n".join([FIRST, *UPGRADE, VERSION, b"", b""])
 
 
-def outcome(sent: bytes, cuts: list[int], *, fast: bool) -> object:
+DEFLATE = Deflate(Compression(enabled=True), Metrics())
+
+
+def outcome(sent: bytes, cuts: list[int], deflate: Deflate | None, *, fast: bool) -> object:
     """What a request comes to, without dates; what follows it if it is complete."""
-    reader = Reader(16_384, fast=fast)
+    reader = Reader(16_384, deflate, fast=fast)
     places = [0, *sorted(cut for cut in cuts if cut < len(sent)), len(sent)]
     for start, end in pairwise(places):
         found = reader.feed(sent[start:end])
@@ -50,6 +56,10 @@ odd = st.sampled_from(
      b"Sec-WebSocket-Protocol: token.K2,wsgateway.v1,", b"Sec-WebSocket-Protocol: a b",
      b"Sec-WebSocket-Protocol: ", b"Sec-WebSocket-Protocol: a,  wsgateway.v1", b"Sec-WebSocket-Protocol: ,",
      b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits",
+     b"Sec-WebSocket-Extensions: permessage-deflate", b"Sec-WebSocket-Extensions:",
+     b"sec-websocket-extensions:permessage-deflate; server_max_window_bits=9 ",
+     b"Sec-WebSocket-Extensions: permessage-deflate; server_max_window_bits=8, x-a",
+     b"Sec-WebSocket-Extensions: permessage-deflate;", b"Sec-WebSocket-Extensions: a b",
      b"Authorization: Token K3", b"Authorization: bearer  K4 ", b"Authorization: Basic eA==",
      b"Authorization:", b"Origin: https://a", b"Origin: \xe9", b"Origin:", b"Content-Length: 0",
      b"Content-Length: 5", b"Transfer-Encoding: chunked", b"X-A_b: c", b"No colon", b"Nocolon",
@@ -86,20 +96,24 @@ def requests(draw: st.DrawFn) -> bytes:
 @example(PLAIN, [])
 @example(PLAIN, [len(PLAIN) - 1])
 @example(PLAIN.replace(b"Host: h", b"Sec-WebSocket-Protocol: wsgateway.v1, token.K"), [])
-def test_the_fast_path_and_the_library_judge_a_request_alike(sent: bytes, cuts: list[int]) -> None:
-    slow = outcome(sent, cuts, fast=False)
-    assert outcome(sent, cuts, fast=True) == slow
-    assert outcome(sent, [], fast=True) == outcome(sent, [], fast=False)
+@pytest.mark.parametrize("deflate", [None, DEFLATE])
+def test_the_fast_path_and_the_library_judge_a_request_alike(
+    deflate: Deflate | None, sent: bytes, cuts: list[int]
+) -> None:
+    slow = outcome(sent, cuts, deflate, fast=False)
+    assert outcome(sent, cuts, deflate, fast=True) == slow
+    assert outcome(sent, [], deflate, fast=True) == outcome(sent, [], deflate, fast=False)
 
 
-def test_what_common_clients_send_takes_the_fast_path() -> None:
+@pytest.mark.parametrize("deflate", [None, DEFLATE])
+def test_what_common_clients_send_takes_the_fast_path(deflate: Deflate | None) -> None:
     browser = PLAIN.replace(b"Connection: Upgrade", b"Connection: keep-alive, Upgrade").replace(
         b"Host: h",
         b"Host: h\r\nPragma: no-cache\r\nOrigin: https://a.example\r\nSec-WebSocket-Extensions: "
         b"permessage-deflate; client_max_window_bits\r\nSec-WebSocket-Protocol: wsgateway.v1",
     )
     for sent in (PLAIN, browser):
-        visit = read_plain(sent)
+        visit = read_plain(sent, deflate)
         assert visit is not None
         assert (visit.route, visit.token, visit.valid) == (Route.DEVICE, "K", True)
         assert b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in visit.answer  # RFC 6455, section 1.3

@@ -14,6 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "background"},
     {"config", "metrics", "wire", "hub", "limits", "ledger", "timings", "subscriptions"},
+    {"deflate"},
     {"logs", "store", "providers", "fanout", "handshake", "envelope", "gate"},
     {"handlers", "gateway", "auth", "link"},
     {"session", "accounts", "roster", "cluster", "mirror"},
@@ -26,7 +27,7 @@ LAYERS = [
 """From the lowest; a room imports from those below it, and a package's parts from each other."""
 
 THIRD_PARTY = {
-    "websockets": {"connection", "handshake", "admission", "listener", "doctor"},
+    "websockets": {"connection", "deflate", "handshake", "admission", "listener", "doctor"},
     "aiosqlite": {"store"},
     "sqlite3": {"store"},
     "uvloop": {"server"},

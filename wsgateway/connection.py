@@ -29,12 +29,13 @@ from websockets.protocol import Protocol as Core
 from wsgateway import handshake, wire
 from wsgateway.auth import Identity
 from wsgateway.config import Limits
+from wsgateway.deflate import Deflate, Inflate
 from wsgateway.handlers import Reach
 from wsgateway.handshake import Malformed, Reader, Visit
 from wsgateway.metrics import Metrics
 from wsgateway.providers import History, Services
 from wsgateway.session import Action, Session, Stop, Wait
-from wsgateway.wire import CloseCode
+from wsgateway.wire import CloseCode, Framing
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,10 @@ which the limits are looked at again. A read can hold 256 KiB."""
 
 CLOSING_BYTES = 131_072
 """Bytes that a peer may still send after our close frame, as some messages may be on the way."""
+
+INFLATE_SLICE = 512
+"""The same where compression was agreed on: 8 of the smallest frames that inflate to 64 KiB, which
+are held so if reading pauses."""
 
 FRAMES_PER_LOOK = 256
 """Plain frames handled between two looks at the clock, about 2 ms."""
@@ -107,6 +112,7 @@ class Door(Protocol):
     """What a connection needs from the one who let it in."""
 
     limits: Limits
+    deflate: Deflate | None
     max_pending: int
     metrics: Metrics
     services: Services
@@ -147,6 +153,7 @@ class Connection(asyncio.Protocol):
         "_transport",
         "_written",
         "address",
+        "frame",
         "heard_at",
         "history",
         "id",
@@ -169,12 +176,14 @@ class Connection(asyncio.Protocol):
         self.history: History | None = None
         self.versioned = False
         """Whether the client offered `wsgateway.v1`."""
+        self.frame: Framing = wire.text_frame
+        """What makes a frame of a message to it; as it is unless compression was agreed on."""
         self.heard_at = self.opened_at = monotonic()
         self.messages = 0
         self.wheel_slot = 0
         self._session: Session | None = None
         self._core: Core | None = None
-        self._request: Reader | None = Reader(door.limits.handshake_bytes)
+        self._request: Reader | None = Reader(door.limits.handshake_bytes, door.deflate)
         self._early = b""
         self._held: deque[bytes | Frame] | None = None
         self._paused = False
@@ -261,7 +270,8 @@ class Connection(asyncio.Protocol):
         self.phase = OPEN
         self.opened_at = monotonic()
         self._metrics.sent += 1
-        self._write(answer + wire.text_frame(status))
+        self._metrics.compression_agreed += self.frame is not wire.text_frame
+        self._write(answer + self.frame(status))
 
     def listen(self) -> None:
         """Begin to read messages, those first that came before the answer."""
@@ -371,6 +381,9 @@ class Connection(asyncio.Protocol):
         elif asked is not None:
             self.phase = DECIDING
             self.versioned = asked.versioned
+            if asked.window_bits:
+                assert self._door.deflate is not None
+                self.frame = self._door.deflate.framings[asked.window_bits]
             self._early = self._request.rest
             self._request = None
             self._door.requested(self, asked)
@@ -390,7 +403,8 @@ class Connection(asyncio.Protocol):
         if self._corked is None:
             self._corked = []
         core = self._wake_core()
-        for start in range(position, len(data), CORE_SLICE):
+        size = INFLATE_SLICE if core.extensions else CORE_SLICE
+        for start in range(position, len(data), size):
             if not self._paused and monotonic() - now > READ_SECONDS:
                 self._pause()
                 asyncio.get_running_loop().call_soon(self._take_turn)
@@ -401,14 +415,17 @@ class Connection(asyncio.Protocol):
             if self.phase is not OPEN:
                 self._read_rest(data[start:])
                 return
-            core.receive_data(data[start : start + CORE_SLICE])
+            core.receive_data(data[start : start + size])
             self._handle_frames(core, now)
         if FAST_PATH and _at_rest(core):
+            core.parser.close()  # refers to the core: both would wait for a garbage collection
             self._core = None
 
     def _wake_core(self) -> Core:
         if self._core is None:
             self._core = _new_core(self._door.limits.message_bytes)
+            if self.frame is not wire.text_frame:
+                self._core.extensions = [Inflate()]
         return self._core
 
     def _read_plain(self, data: bytes, now: float) -> int:
@@ -526,7 +543,7 @@ class Connection(asyncio.Protocol):
             self._perform(action)
         elif self.phase is OPEN:
             self._metrics.sent += 1
-            self._write(wire.text_frame(action))
+            self._write(self.frame(action))
 
     def _perform(self, action: Action) -> None:
         if type(action) is bytes:
@@ -597,7 +614,7 @@ class Connection(asyncio.Protocol):
     # Writing.
 
     def _send_text(self, payload: bytes) -> bool:
-        sent = self.push(wire.text_frame(payload))
+        sent = self.push(self.frame(payload))
         self._metrics.sent += sent
         return sent
 

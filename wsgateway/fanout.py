@@ -1,9 +1,10 @@
 """Writes to many members at once, joined per turn of the loop.
 
-Only this module decides when a group's frame is written. What is posted within one turn is written
-at its end; consecutive frames of one group become one write per member, so that a burst costs one
-system call per member and not one per frame, and a single frame is not delayed. It knows members
-only as something that takes bytes.
+Only this module decides when a group's message is written. What is posted within one turn is written
+at its end; consecutive messages of one group become one write per member, so that a burst costs one
+system call per member and not one per message, and a single message is not delayed. Its frame is
+made once for all members that have it made alike. It knows members only as something that takes
+bytes.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from typing import Protocol
 
 from wsgateway.hub import Hub
 from wsgateway.metrics import Metrics
+from wsgateway.wire import Framing
 
 SLICE_SECONDS = 0.01
 """A fan-out yields to the loop after that long: a fifth of the longest stall that is allowed."""
 
+JOINED_BYTES = 65_536
+"""Messages that go together to a group, in all: joining more saves no time, and to compress more for
+a few window sizes would take longer than a slice."""
+
 GATHER_SECONDS_PER_MEMBER = 1.5e-7
-"""How long a frame waits for others of its group, about 3 % of the time that writing it takes: what
+"""How long a message waits for others of its group, about 3 % of the time that writing it takes: what
 comes from Redis in bursts arrives in pieces, and each piece would cost a write per member."""
 
 MEMBERS_PER_LOOK = 64
@@ -29,7 +35,12 @@ MEMBERS_PER_LOOK = 64
 
 
 class Member(Protocol):
-    """Something in a group that takes bytes."""
+    """Something in a group that takes bytes.
+
+    ``frame`` makes them of a message; members that have the same one share what it makes.
+    """
+
+    frame: Framing
 
     def __hash__(self) -> int: ...
 
@@ -87,22 +98,39 @@ class Delivery:
 
 
 class _Batch:
-    """Frames that go to one group together."""
+    """Messages that go to one group together."""
 
-    __slots__ = ("data", "deliveries", "frames", "group", "members", "ripe_at", "written")
+    __slots__ = (
+        "deliveries",
+        "framed",
+        "group",
+        "members",
+        "payloads",
+        "ripe_at",
+        "size",
+        "written",
+    )
 
     def __init__(self, group: str, ripe_at: float) -> None:
         self.group = group
         self.ripe_at = ripe_at
-        self.frames: list[bytes] = []
-        self.data = b""  # the frames joined, once writing has begun
+        self.payloads: list[bytes] = []
+        self.size = 0  # of the payloads, in bytes
+        self.framed: dict[Framing, bytes] = {}  # their frames joined, as members need them
         self.deliveries: list[Delivery] = []
-        self.members: list[Member] | None = None  # None while more frames may be added
+        self.members: list[Member] | None = None  # None while more may be added
         self.written = 0
+
+    def joined(self, frame: Framing) -> bytes:
+        """The frames of all its messages, made once."""
+        data = self.framed.get(frame)
+        if data is None:
+            data = self.framed[frame] = b"".join(map(frame, self.payloads))
+        return data
 
 
 class Fanout:
-    """The frames on their way to groups, in the order they were posted."""
+    """The messages on their way to groups, in the order they were posted."""
 
     def __init__(self, hub: Hub[Member], metrics: Metrics, max_bytes: int) -> None:
         self._hub = hub
@@ -112,8 +140,8 @@ class Fanout:
         self._batches: deque[_Batch] = deque()
         self._scheduled = False
 
-    def post(self, group: str, frame: bytes) -> Delivery:
-        """Send a frame to everybody who is in a group now. Never waits.
+    def post(self, group: str, payload: bytes) -> Delivery:
+        """Send a message to everybody who is in a group now. Never waits.
 
         Where too many bytes are on the way already, nobody gets it, and it is counted.
         """
@@ -121,18 +149,25 @@ class Fanout:
         self._metrics.group_messages += 1
         if delivery.matched == 0:
             return delivery
-        if self._bytes + len(frame) > self._max_bytes:
+        size = len(payload)
+        if self._bytes + size > self._max_bytes:
             self._metrics.dropped["fanout_full"] += delivery.matched
             delivery.finish(0)
             return delivery
         batch = self._batches[-1] if self._batches else None
-        if batch is None or batch.group != group or batch.members is not None:
+        if (
+            batch is None
+            or batch.group != group
+            or batch.members is not None
+            or batch.size + size > JOINED_BYTES
+        ):
             gather = delivery.matched * GATHER_SECONDS_PER_MEMBER
             batch = _Batch(group, time.perf_counter() + gather)
             self._batches.append(batch)
-        batch.frames.append(frame)
+        batch.payloads.append(payload)
+        batch.size += size
         batch.deliveries.append(delivery)
-        self._bytes += len(frame)
+        self._bytes += size
         self._schedule()
         return delivery
 
@@ -163,11 +198,18 @@ class Fanout:
                 if batch is self._batches[-1] and time.perf_counter() < batch.ripe_at:
                     return
                 batch.members = list(self._hub.members(batch.group))
-            if not batch.data:
-                batch.data = b"".join(batch.frames)
+            frame: Framing | None = None
+            data, is_late = b"", False
             while batch.members:
-                batch.written += batch.members.pop().push(batch.data)
-                if len(batch.members) % MEMBERS_PER_LOOK == 0 and time.perf_counter() > deadline:
+                member = batch.members.pop()
+                if member.frame is not frame:
+                    frame = member.frame
+                    data = batch.joined(frame)  # may have compressed 64 KiB
+                    is_late = time.perf_counter() > deadline
+                batch.written += member.push(data)
+                if len(batch.members) % MEMBERS_PER_LOOK == 0:
+                    is_late = time.perf_counter() > deadline
+                if is_late:
                     break
             if batch.members:
                 self._metrics.fanout_slices += 1
@@ -180,9 +222,9 @@ class Fanout:
 
     def _finish(self, batch: _Batch) -> None:
         metrics = self._metrics
-        metrics.delivered += batch.written * len(batch.frames)
-        metrics.sent += batch.written * len(batch.frames)
-        self._bytes -= sum(map(len, batch.frames))
+        metrics.delivered += batch.written * len(batch.payloads)
+        metrics.sent += batch.written * len(batch.payloads)
+        self._bytes -= batch.size
         for delivery in batch.deliveries:
             delivery.finish(batch.written)
             if delivery.dropped:

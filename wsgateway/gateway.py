@@ -141,7 +141,7 @@ class Gateway:
         When it returns, it is on its way exactly once to each of ``matched`` members; await the
         result to learn how many were ``written``.
         """
-        return self._fanout.post(group, wire.text_frame(payload))
+        return self._fanout.post(group, payload)
 
     def send(self, group: str, message: Mapping[str, Any]) -> Delivery:
         """Send a message to every member of a group, here and on the other instances.

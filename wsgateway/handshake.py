@@ -21,6 +21,7 @@ from websockets.http11 import MAX_LINE_LENGTH, MAX_NUM_HEADERS, Request
 from websockets.server import ServerProtocol
 from websockets.utils import accept_key
 
+from wsgateway.deflate import NOTHING_AGREED, Deflate, agreed_window
 from wsgateway.wire import SUBPROTOCOL
 
 CORE_LOG = logging.getLogger("websockets.server")
@@ -52,7 +53,8 @@ class Visit(NamedTuple):
 
     ``path_user_id`` is what a deprecated path claims, never to be trusted. ``versioned`` says that
     the client offered `wsgateway.v1` and so reads close codes. ``answer`` is what completes the
-    handshake if the request is ``valid``, else what says why it is not.
+    handshake if the request is ``valid``, else what says why it is not. ``window_bits`` is the
+    window size that the answer agrees on for compressed messages; 0 if for none.
     """
 
     route: Route
@@ -63,6 +65,7 @@ class Visit(NamedTuple):
     origin: str | None
     valid: bool
     answer: bytes
+    window_bits: int
 
 
 class Malformed(NamedTuple):
@@ -73,12 +76,13 @@ class Malformed(NamedTuple):
 
 
 class Reader:
-    """Reads one request, however it is cut."""
+    """Reads one request, however it is cut. Without ``deflate``, offers of extensions are ignored."""
 
-    __slots__ = ("_core", "_fast", "_limit", "_read", "rest")
+    __slots__ = ("_core", "_deflate", "_fast", "_limit", "_read", "rest")
 
-    def __init__(self, limit: int, *, fast: bool = True) -> None:
+    def __init__(self, limit: int, deflate: Deflate | None = None, *, fast: bool = True) -> None:
         self._limit = limit
+        self._deflate = deflate
         self._fast = fast
         self._core: ServerProtocol | None = None
         self._read = b""
@@ -98,14 +102,19 @@ class Reader:
             return Malformed("too_large", _empty(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE))
         if complete:
             self.rest = read[end:]
-            visit = read_plain(read[:end]) if self._fast and self._core is None else None
-            if visit is not None:
-                return visit
+            if self._fast and self._core is None:
+                visit = read_plain(read[:end], self._deflate)
+                if visit is not None:
+                    return visit
         return self._through_core(read[before : end if complete else None])
 
     def _through_core(self, data: bytes) -> Visit | Malformed | None:
         if self._core is None:
-            self._core = ServerProtocol(select_subprotocol=_select_subprotocol, logger=CORE_LOG)
+            self._core = ServerProtocol(
+                extensions=[self._deflate.factory] if self._deflate else None,
+                select_subprotocol=_select_subprotocol,
+                logger=CORE_LOG,
+            )
         core = self._core
         core.receive_data(data)
         events = core.events_received()
@@ -118,7 +127,7 @@ class Reader:
         return Malformed("bad_request", answer or _empty(HTTPStatus.BAD_REQUEST))
 
 
-def read_plain(head: bytes) -> Visit | None:
+def read_plain(head: bytes, deflate: Deflate | None = None) -> Visit | None:
     """The fast path: read a request that is plainly a valid one of a device, as the core would.
 
     Plain is ASCII without tabs, shorter than one line may be, with every header once, a path of the
@@ -141,6 +150,8 @@ def read_plain(head: bytes) -> Visit | None:
         headers[name.lower()] = value.strip(" ")
     key = headers.get("sec-websocket-key", "")
     offered = headers.get("sec-websocket-protocol")
+    extension = headers.get("sec-websocket-extensions")
+    agreed = deflate.usual.get(extension) if deflate is not None else NOTHING_AGREED
     if (
         len(headers) < len(lines)
         or not first.isprintable()
@@ -150,16 +161,20 @@ def read_plain(head: bytes) -> Visit | None:
         or not _KEY.fullmatch(key)
         or not (offered is None or _TOKENS.fullmatch(offered))
         or not _BODIES.isdisjoint(headers)
+        or agreed is None
     ):
         return None
     names = _names(offered) if offered else []
-    chosen = f"\r\nSec-WebSocket-Protocol: {SUBPROTOCOL}" if SUBPROTOCOL in names else ""
+    chosen = f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n" if SUBPROTOCOL in names else ""
     answer = (
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        f"Sec-WebSocket-Accept: {accept_key(key)}{chosen}\r\n\r\n"
+        f"Sec-WebSocket-Accept: {accept_key(key)}\r\n{agreed[0]}{chosen}\r\n"
     ).encode()
     credentials, origin = headers.get("authorization"), headers.get("origin")
-    visit = _visit("GET", first[4:-9], names, credentials, origin, valid=True, answer=answer)
+    visit = _visit(
+        "GET", first[4:-9], names, credentials, origin,
+        valid=True, answer=answer, window_bits=agreed[1],
+    )  # fmt: skip
     return visit if visit.route is Route.DEVICE else None
 
 
@@ -176,6 +191,7 @@ def _judge(core: ServerProtocol, request: Request) -> Visit:
         ", ".join(headers.get_all("Origin")) if "Origin" in headers else None,
         valid=response.status_code == HTTPStatus.SWITCHING_PROTOCOLS,
         answer=response.serialize(),
+        window_bits=agreed_window(core),
     )
 
 
@@ -192,6 +208,7 @@ def _visit(
     *,
     valid: bool,
     answer: bytes,
+    window_bits: int,
 ) -> Visit:
     """Never raises: what cannot be understood leads nowhere or holds no token."""
     path, _, query = target.partition("?")
@@ -200,7 +217,7 @@ def _visit(
     if found is None:
         plain = {"/healthz": Route.HEALTH, "/readyz": Route.READY}
         route = plain.get(path, Route.NOWHERE)
-        return Visit(route, method, None, None, versioned, origin, valid, answer)
+        return Visit(route, method, None, None, versioned, origin, valid, answer, window_bits)
     path_token, path_user_id = found.groups()
     if path_token:
         token: str | None = unquote(path_token)
@@ -211,7 +228,9 @@ def _visit(
         if token is None:
             token = _query_token(query)
     user_id = int(path_user_id) if path_user_id else None
-    return Visit(Route.DEVICE, method, token or None, user_id, versioned, origin, valid, answer)
+    return Visit(
+        Route.DEVICE, method, token or None, user_id, versioned, origin, valid, answer, window_bits
+    )
 
 
 def unauthorized() -> bytes:

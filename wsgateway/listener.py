@@ -22,6 +22,7 @@ from wsgateway.admission import Admission
 from wsgateway.auth import Authenticator, Identity
 from wsgateway.config import Config
 from wsgateway.connection import Connection, Phase
+from wsgateway.deflate import Deflate
 from wsgateway.errors import StartError, StoreError
 from wsgateway.gate import Gate
 from wsgateway.gateway import Gateway
@@ -70,6 +71,7 @@ class Listener:
         max_connections: int,
     ) -> None:
         self.limits = config.limits
+        self.deflate = Deflate(config.compression, metrics) if config.compression.enabled else None
         self.max_pending = config.handlers.max_pending
         self.metrics = metrics
         self.services = services

@@ -49,6 +49,13 @@ class Metrics:
     """Messages written to devices."""
     sent_bytes: int = 0
     """Bytes written to device sockets."""
+    compression_agreed: int = 0
+    """Devices that were let in with compression agreed on."""
+    compression_input_bytes: int = 0
+    """Bytes of messages to devices before they were compressed; a group's message counts once for
+    each window size."""
+    compression_output_bytes: int = 0
+    """Bytes of the same messages afterwards."""
     errors: Counter[str] = field(default_factory=Counter)
     """Error messages to devices, by error code."""
     paused: int = 0

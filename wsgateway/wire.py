@@ -7,7 +7,7 @@ bytes and returns values; it knows neither users nor sockets nor loops.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from time import time_ns
@@ -29,6 +29,9 @@ _SHORT_HEADERS: Final = tuple(bytes((0x81, length)) for length in range(126))
 PING_FRAME: Final = b"\x89\x00"
 """An unmasked, empty ping (RFC 6455, section 5.5.2): the same bytes for everybody."""
 
+
+Framing = Callable[[bytes], bytes]
+"""What makes a frame of a message for some connection, such as `text_frame`."""
 
 _from_iso: Final = datetime.fromisoformat
 _SHALLOW: Final = 2 * MAX_DEPTH
@@ -114,6 +117,11 @@ def text_frame(payload: bytes) -> bytes:
     if length < 65536:
         return b"\x81\x7e" + length.to_bytes(2, "big") + payload
     return b"\x81\x7f" + length.to_bytes(8, "big") + payload
+
+
+def compressed_frame(data: bytes) -> bytes:
+    """The same with RSV1, for a message that is compressed already (RFC 7692, section 6)."""
+    return b"\xc1" + text_frame(data)[1:]
 
 
 def error(code: ErrorCode, text: str) -> bytes:

@@ -55,6 +55,8 @@ LABELS = {
 """The label of each counter that has one, or its labels in the order of its keys' parts."""
 
 NAMES = {
+    "compression_input_bytes": "compression_input_bytes_total",
+    "compression_output_bytes": "compression_output_bytes_total",
     "loop_lag": "loop_lag_seconds",
     "mirror_lag": "mirror_lag_seconds",
     "received_bytes": "received_bytes_total",
