@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "background"},
     {"config", "metrics", "wire", "hub", "limits", "ledger", "timings", "subscriptions"},
-    {"logs", "store", "providers", "fanout", "handshake", "envelope", "gate"},
+    {"logs", "systemd", "store", "providers", "fanout", "handshake", "envelope", "gate"},
     {"handlers", "gateway", "auth", "link"},
     {"session", "accounts", "roster", "cluster", "mirror"},
     {"connection", "control", "sends", "presence", "health"},
