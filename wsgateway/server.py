@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STOP_SECONDS = 10.0
+"""How long a stop may take besides the drain, in seconds: what was promised (2) and some more."""
+
 
 @dataclass(frozen=True)
 class Instance:
@@ -109,7 +112,7 @@ async def serve(
         ready(Running(addresses, api_address, instance))
         service.notify_ready()
         await stop.wait()
-        service.notify_stopping()
+        service.notify_stopping(config.drain.window + STOP_SECONDS)
     log.info("stopped")
 
 

@@ -77,9 +77,12 @@ class Service:
         now = time.monotonic_ns() // 1000
         self._enter("reloading", f"RELOADING=1\nMONOTONIC_USEC={now}\n")
 
-    def notify_stopping(self) -> None:
-        """Say that the service leaves its clients."""
-        self._enter("draining", "STOPPING=1\n")
+    def notify_stopping(self, seconds: float) -> None:
+        """Say that the service leaves its clients, and how long that may take.
+
+        A stop that is configured to take longer than TimeoutStopSec= is then not cut short.
+        """
+        self._enter("draining", f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int(seconds * 1e6)}\n")
 
     async def report(self, describe: Callable[[], str], is_alive: Callable[[], bool]) -> None:
         """Say how things are every few seconds, for ever; cancelling is safe.
