@@ -63,9 +63,14 @@ Next, as root:
     systemctl enable --now wsgateway
 """
     )
-    for folder in {sys.prefix, sys.base_prefix}:
-        if folder.startswith(tuple(f"{hidden}/" for hidden in HIDDEN)):
-            print(f"wsgateway: a service cannot see {folder}: install to /opt", file=sys.stderr)
+    hidden = tuple(f"{folder}/" for folder in HIDDEN)
+    unseen = [folder for folder in (sys.prefix, sys.base_prefix) if f"{folder}/".startswith(hidden)]
+    if unseen:
+        print(
+            f"wsgateway: a service cannot see {unseen[0]}: install the gateway to /opt with a "
+            "Python of the system",
+            file=sys.stderr,
+        )
 
 
 def uninstall(arguments: argparse.Namespace) -> None:
@@ -154,7 +159,4 @@ def _configuration() -> str:
 
 [runtime]
 state_dir = "{STATE}"
-
-[redis]
-# url_file = "credential:redis-url" # with LoadCredential= in the unit; several instances need it
 """
