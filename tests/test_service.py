@@ -70,7 +70,7 @@ def test_the_units_fit_the_program(host: Path) -> None:
     assert os.access(program, os.X_OK)
     assert arguments == ["serve", "--config", "/etc/wsgateway/config.toml"]
     assert settings["RestartPreventExitStatus"] == f"{EXIT_USAGE} {EXIT_CONFIG}"
-    assert float(settings["TimeoutStopSec"]) > Config().drain.window + 10
+    assert float(settings["TimeoutStopSec"]) > Config().drain.delay + Config().drain.window + 10
     assert settings["Type"] == "notify"
 
 

@@ -112,7 +112,7 @@ async def serve(
         ready(Running(addresses, api_address, instance))
         service.notify_ready()
         await stop.wait()
-        service.notify_stopping(config.drain.window + STOP_SECONDS)
+        service.notify_stopping(config.drain.delay + config.drain.window + STOP_SECONDS)
     log.info("stopped")
 
 
