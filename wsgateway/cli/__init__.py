@@ -267,6 +267,8 @@ def _add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
         help="for each step (default: 5)",
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _add_service(commands: argparse._SubParsersAction[Parser]) -> None:
     verbs = _noun(commands, "service", "install and remove the units of systemd")
     texts = {
