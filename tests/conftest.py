@@ -11,7 +11,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,16 +282,21 @@ def cli(
 
 @pytest.fixture
 def serve(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..., Process]]:
-    """Runs `wsgateway serve ARGUMENTS...` on a free port; killed at the end if still there."""
+    """Runs `wsgateway serve ARGUMENTS...` on a free port; killed at the end if still there.
+
+    ``launcher`` is a command that becomes the gateway.
+    """
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str, **environ: str) -> Process:
+    def start(
+        *arguments: str, launcher: Sequence[str] = (), pass_fds: Sequence[int] = (), **environ: str
+    ) -> Process:
         log = tmp_path / f"serve-{len(started)}.log"
         with log.open("w") as stderr:
             popen = subprocess.Popen(
-                [sys.executable, "-m", "wsgateway", "serve", "--port", "0", *arguments],
+                [*launcher, sys.executable, "-m", "wsgateway", "serve", "--port", "0", *arguments],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True,
-                cwd=tmp_path, env=environment | environ,
+                cwd=tmp_path, env=environment | environ, pass_fds=pass_fds,
             )  # fmt: skip
         started.append(popen)
         while popen.poll() is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+import subprocess
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,6 +120,24 @@ def test_the_named_file_is_over_the_variables_which_is_over_the_folders(
     Path("config.toml").unlink()
     if not config.SYSTEM_FILE.exists():
         assert config.load(environ={}).file is None
+
+
+@pytest.mark.faults
+def test_a_folder_that_may_not_be_searched_holds_no_configuration(tmp_path: Path) -> None:
+    """As when root types `sudo -u wsgateway wsgateway ...` in his own folder."""
+    program = """
+import os, sys
+from wsgateway import config
+os.chdir(sys.argv[1])
+os.setuid(65533)
+print(config.load(environ={}).origins["server.port"])
+"""
+    tmp_path.chmod(0o700)
+    (tmp_path / "config.toml").write_text("[server]\nport = 1\n")
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=30
+    )
+    assert (done.stdout, done.stderr) == ("default\n", "")
 
 
 def test_the_configuration_cannot_be_changed() -> None:

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "background"},
     {"config", "metrics", "wire", "hub", "limits", "ledger", "timings", "subscriptions"},
     {"deflate"},
-    {"logs", "store", "providers", "fanout", "handshake", "envelope", "gate"},
+    {"logs", "systemd", "store", "providers", "fanout", "handshake", "envelope", "gate"},
     {"handlers", "gateway", "auth", "link"},
     {"session", "accounts", "roster", "cluster", "mirror"},
     {"connection", "control", "sends", "presence", "health"},

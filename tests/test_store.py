@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pwd
 import re
 import sqlite3
 import subprocess
@@ -213,28 +214,33 @@ async def test_any_file_name_is_that_file(tmp_path: Path, name: str) -> None:
 async def test_root_does_not_leave_files_behind_that_the_owner_cannot_write(
     accounts: Accounts,
 ) -> None:
-    os.chown(accounts.path, 65534, 65534)
-    with pytest.raises(StoreForeign, match=r"run this as sudo -u '#65534' wsgateway") as caught:
-        await open_to_write(accounts.path).__aenter__()
-    assert caught.value.exit_code == 78
+    for owner, name in ((65533, "'#65533'"), (pwd.getpwnam("daemon").pw_uid, "daemon")):
+        os.chown(accounts.path, owner, owner)
+        with pytest.raises(StoreForeign, match=f"run this as sudo -u {name} wsgateway") as caught:
+            await open_to_write(accounts.path).__aenter__()
+        assert caught.value.exit_code == 78
     async with open_store(accounts.path) as db:
         assert len(await db.users()) == 1
+
+
+@pytest.mark.faults
+async def test_root_makes_no_database_in_the_folder_of_somebody_else(tmp_path: Path) -> None:
+    os.chown(tmp_path, 65533, 65533)
+    with pytest.raises(StoreForeign, match="belongs to '#65533': run this as sudo -u '#65533' wsg"):
+        await open_to_write(tmp_path / "w.db", create=True).__aenter__()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("mode", "opening", "sentence"),
     [
-        (0o600, "open_to_write(path)", "not readable and writable for this user"),
-        (0o644, "open_store(path)", "not readable and writable for this user"),
+        (0o600, "open_to_write(path)", "belongs to root: run this as sudo -u root wsgateway"),
+        (0o644, "open_store(path)", "belongs to root: run this as sudo -u root wsgateway"),
         (0o666, "open_to_write(path)", "belongs to"),
-        (0o700, "open_store(path / 'w.db')", "ermission denied|not readable"),
-        (0o700, "open_to_write(path / 'w.db')", "ermission denied|not readable"),
-        (
-            0o700,
-            "open_to_write(path / 'w.db', create=True)",
-            "not readable and writable for this user",
-        ),
+        (0o700, "open_store(path / 'w.db')", "w.db belongs to root: run this as sudo -u root"),
+        (0o700, "open_to_write(path / 'w.db')", "w.db belongs to root: run this as sudo -u root"),
+        (0o700, "open_to_write(path / 'w.db', create=True)", "belongs to root: run this as sudo"),
     ],
 )
 def test_a_user_who_may_not_is_told_so_in_one_line(mode: int, opening: str, sentence: str) -> None:

@@ -778,7 +778,15 @@ def _find_file(path: str | Path | None, environ: Mapping[str, str]) -> Path | No
                 f"{named}: no such configuration file (wsgateway config init makes one)"
             )
         return Path(named)
-    return next((file for file in (Path("config.toml"), SYSTEM_FILE) if file.is_file()), None)
+    return next((file for file in (Path("config.toml"), SYSTEM_FILE) if _is_there(file)), None)
+
+
+def _is_there(file: Path) -> bool:
+    """Whether a file is there, as far as can be seen: `sudo -u` keeps a folder he may not search."""
+    try:
+        return file.is_file()
+    except PermissionError:
+        return file.is_absolute()  # one that was put there for us: reading it will say more
 
 
 def _from_file(file: Path) -> Iterator[tuple[str, Any, str]]:

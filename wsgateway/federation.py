@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Protocol
+from time import monotonic
+from typing import Final, Protocol
 
 from wsgateway import background
 from wsgateway.accounts import Accounts
@@ -22,6 +23,10 @@ from wsgateway.mirror import SETTLE_SECONDS, Mirror
 from wsgateway.presence import Presence
 from wsgateway.roster import Roster
 from wsgateway.sends import Sends
+
+STUCK_SECONDS: Final = 30.0
+"""How long the mirror may stand still, besides Redis's time-outs, before its task counts as stuck:
+three times what it waits at most, for Redis that is away (4 s) or deaf (5 s)."""
 
 
 class Parts(Protocol):
@@ -57,6 +62,18 @@ class Federation:
             config.limits.message_bytes,
             metrics,
         )
+
+    @property
+    def is_turning(self) -> bool:
+        """Whether the mirror's task goes on, with or without Redis."""
+        patience = STUCK_SECONDS + 3 * self._config.redis.timeout
+        return monotonic() - self.mirror.turned_at < patience
+
+    @property
+    def state(self) -> str:
+        """'up', or what keeps the mirror from it: a `link.State`."""
+        states = (self._metrics.redis_states[role] for role in ("publisher", "subscriber"))
+        return next((state for state in states if state != "up"), "up")
 
     @contextlib.asynccontextmanager
     async def running(self, parts: Parts) -> AsyncIterator[Ingest | None]:

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from time import monotonic
+from typing import Any
 
 from wsgateway import background
 from wsgateway.admission import Admission
@@ -104,8 +105,12 @@ class Listener:
         self._recheck.set()
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[list[tuple[str, int]]]:
+    async def open(
+        self, passed: socket.socket | None = None
+    ) -> AsyncIterator[list[tuple[str, int]]]:
         """Listen; the addresses. On leaving, nobody is accepted any more and everybody is gone.
+
+        ``passed`` is a socket that listens already, in place of the configured address.
 
         Raises:
             StartError: the address cannot be listened on.
@@ -113,13 +118,15 @@ class Listener:
         """
         server = self._config.server
         loop = asyncio.get_running_loop()
+        where: dict[str, Any] = {"sock": passed}
+        if passed is None:
+            reuse_port = server.reuse_port or None
+            where = {"host": server.host, "port": server.port, "reuse_port": reuse_port}
         try:
             sockets = await loop.create_server(
                 lambda: Connection(self),
-                server.host,
-                server.port,
                 backlog=server.backlog,
-                reuse_port=server.reuse_port or None,
+                **where,
             )
         except (OSError, UnicodeError) as error:
             raise StartError(

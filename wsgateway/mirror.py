@@ -98,6 +98,8 @@ class Mirror:
         self._repeated_at = 0.0
         self.first_up = asyncio.Event()
         """Set once the mirror works for the first time."""
+        self.turned_at = monotonic()
+        """When its task went on last, also while Redis is away; a stuck one does not."""
         self._beat_is_due = asyncio.Event()
         self._noted = False
         """Whether Redis knows which groups this instance listens to, and no others."""
@@ -198,6 +200,7 @@ class Mirror:
             group.create_task(self._beat())
 
     async def _session(self) -> None:
+        self.turned_at = monotonic()
         self._subscriptions.reconnected()
         async with self._redis.connected("subscriber") as connection:
             self._heard_at = monotonic()
@@ -333,7 +336,7 @@ class Mirror:
         asked_at = monotonic()
         while True:
             self._probe_sent = f"probe {self._epoch} {secrets.token_hex(8)}".encode()
-            self._probe_sent_at = monotonic()
+            self._probe_sent_at = self.turned_at = monotonic()
             outcome = await self.tell(self._name, self._probe_sent)
             taken = self._was_taken(outcome)
             await asyncio.sleep(PROBE_INTERVAL if taken else RETRY_INTERVAL)

@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import pwd
 import sqlite3
 import stat
 import time
@@ -366,6 +367,8 @@ async def open_to_write(path: Path, *, create: bool = False) -> AsyncIterator[St
 
 
 def _create_file(path: Path) -> None:
+    if not os.path.lexists(path):
+        _check_folder(path.parent)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -452,22 +455,48 @@ def _check_file(path: Path) -> None:
             f"{path}: no token database: run wsgateway db init, or set auth.database"
         ) from None
     except PermissionError:
-        raise StoreForeign(f"{path}: not readable and writable for this user") from None
+        raise _not_for_us(path) from None
     except OSError as error:
         raise StoreError(f"{path} cannot be reached: {error.strerror}") from None
     if not stat.S_ISREG(mode):
         raise StoreForeign(f"{path} is no file and cannot be used: set auth.database")
     if not os.access(path, os.R_OK | os.W_OK):
-        raise StoreForeign(f"{path}: not readable and writable for this user")
+        raise _not_for_us(path)
 
 
 def _check_owner(path: Path) -> None:
     """Refuse what would leave files behind that the service cannot write."""
     owner = path.stat().st_uid
     if owner != os.geteuid():
-        raise StoreForeign(
-            f"{path} belongs to another user: run this as sudo -u '#{owner}' wsgateway ..."
-        )
+        raise StoreForeign(f"{path} belongs to {_run_as(owner)}")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse to make, as root, a file that the folder's owner cannot use: root may do it anywhere."""
+    with contextlib.suppress(OSError):
+        owner = folder.stat().st_uid
+        if os.geteuid() == 0 and owner != 0:
+            raise StoreForeign(f"{folder} belongs to {_run_as(owner)}")
+
+
+def _run_as(owner: int) -> str:
+    """A user's name, and how to run a command as he."""
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        name = f"'#{owner}'"
+    return f"{name}: run this as sudo -u {name} wsgateway ..."
+
+
+def _not_for_us(path: Path) -> StoreForeign:
+    """What to do about a file that this user may not read and write, as far as can be seen."""
+    for place in (path, path.parent):
+        with contextlib.suppress(OSError):
+            owner = place.stat().st_uid
+            if owner != os.geteuid():
+                return StoreForeign(f"{place} belongs to {_run_as(owner)}")
+            break
+    return StoreForeign(f"{path}: not readable and writable for this user")
 
 
 def _file_id(path: Path) -> tuple[int, int] | None:

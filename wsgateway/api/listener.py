@@ -13,6 +13,7 @@ import errno
 import hashlib
 import ipaddress
 import logging
+import socket
 from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
 from time import monotonic, perf_counter
@@ -72,21 +73,24 @@ class Listener:
         self._headers = {**JSON_HEADERS, INSTANCE_HEADER: api.cluster.name}
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[tuple[str, int]]:
+    async def open(self, passed: socket.socket | None = None) -> AsyncIterator[tuple[str, int]]:
         """Listen; the address. On leaving, requests under way get a moment to be answered.
+
+        ``passed`` is a socket that listens already, in place of the configured address.
 
         Raises:
             StartError: the address cannot be listened on.
 
         """
         settings = self._settings
+        host = passed.getsockname()[0] if passed else settings.host
         app = web.Application(client_max_size=settings.body_bytes)
         for route in ROUTES:
             app.router.add_route(
                 route.method, route.path, self._handler(route), expect_handler=self._expect
             )
         for path, document in documents.documents(
-            self._api, metrics_keyed=not _is_loopback(settings.host)
+            self._api, metrics_keyed=not _is_loopback(host)
         ).items():
             app.router.add_get(path, self._plain(document))
         app.middlewares.append(self._answer)
@@ -96,12 +100,14 @@ class Listener:
         await runner.setup()
         try:
             loop = asyncio.get_running_loop()
+            where: dict[str, Any] = {"sock": passed}
+            if passed is None:
+                where = {"host": settings.host, "port": settings.port}
             try:
                 server = await loop.create_server(
                     lambda: self._protocol(runner),
-                    settings.host,
-                    settings.port,
                     backlog=settings.connections,
+                    **where,
                 )
             except (OSError, UnicodeError) as error:
                 raise StartError(

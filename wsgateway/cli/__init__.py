@@ -101,6 +101,7 @@ def build_parser() -> Parser:
     _add_disconnect(commands)
     _add_queue(commands)
     _add_doctor(commands)
+    _add_service(commands)
     return parser
 
 
@@ -266,6 +267,19 @@ def _add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
         help="for each step (default: 5)",
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_service(commands: argparse._SubParsersAction[Parser]) -> None:
+    verbs = _noun(commands, "service", "install and remove the units of systemd")
+    texts = {
+        "install": "write the units, and a configuration where there is none",
+        "uninstall": "remove the units; configuration and database stay",
+    }
+    for verb, text in texts.items():
+        parser = _verb(verbs, "service", verb, text)
+        parser.add_argument("--root", default="/", metavar="DIR", help="below this folder")
+        parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+        parser.add_argument("--force", action="store_true", help="also files that were changed")
 
 
 def _remote(
