@@ -12,11 +12,11 @@ PACKAGE = Path(__file__).parent.parent / "wsgateway"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "background"},
+    {"errors", "background", "proxy"},
     {"config", "metrics", "wire", "hub", "limits", "ledger", "timings", "subscriptions"},
     {"deflate"},
-    {"logs", "systemd", "store", "providers", "fanout", "handshake", "envelope", "gate"},
-    {"handlers", "gateway", "auth", "link"},
+    {"logs", "systemd", "store", "providers", "fanout", "handshake", "envelope", "gate", "tls"},
+    {"handlers", "gateway", "auth", "link", "sockets"},
     {"session", "accounts", "roster", "cluster", "mirror"},
     {"connection", "control", "sends", "presence", "health"},
     {"admission", "ingest"},

@@ -98,11 +98,15 @@ class Admission:
         """Count a connection that was accepted."""
         self._addresses[connection.address] += 1
 
+    def move(self, connection: Connection, address: str) -> None:
+        """Count a connection under the address that its proxy told."""
+        self._forget_address(connection)
+        connection.address = address
+        self.enter(connection)
+
     def leave(self, connection: Connection) -> None:
         """Forget a connection that is lost, except for what its device may still send."""
-        self._addresses[connection.address] -= 1
-        if not self._addresses[connection.address]:
-            del self._addresses[connection.address]
+        self._forget_address(connection)
         identity, session = connection.identity, connection.session
         if identity is not None and session is not None:
             self._gateway.leave(connection, identity.user_id, identity.device_id)
@@ -113,6 +117,11 @@ class Admission:
         """Whether a connection's address has more than it may have."""
         limit = self._config.limits.connections_per_ip
         return bool(limit) and self._addresses[connection.address] > limit
+
+    def _forget_address(self, connection: Connection) -> None:
+        self._addresses[connection.address] -= 1
+        if not self._addresses[connection.address]:
+            del self._addresses[connection.address]
 
     def _plain(self, visit: Visit) -> bytes:
         if visit.route is Route.NOWHERE:

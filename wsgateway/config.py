@@ -26,6 +26,7 @@ import msgspec
 from msgspec import Meta
 
 from wsgateway.errors import ConfigError
+from wsgateway.proxy import Networks
 
 ENVIRONMENT_PREFIX = "WSGATEWAY_"
 OTHERS = tuple(
@@ -76,6 +77,23 @@ class Server(Section, frozen=True):
         bool,
         doc("Share the port with other instances on this host (SO_REUSEPORT); each needs a name."),
     ] = False
+    tls: Annotated[bool, doc("Serve wss:// with the certificate of [tls]; ws:// is refused.")] = (
+        False
+    )
+    trusted_proxies: Annotated[
+        tuple[str, ...],
+        doc(
+            "Networks of the proxies before both listeners, e.g. ['10.0.0.0/8']: from them, and "
+            "nobody else, X-Forwarded-For and PROXY headers are believed."
+        ),
+    ] = ()
+    proxy_protocol: Annotated[
+        bool,
+        doc(
+            "Expect a PROXY header, version 1 or 2, before each connection; only trusted_proxies "
+            "may then connect."
+        ),
+    ] = False
     instance: Annotated[
         Name,
         doc(
@@ -83,6 +101,25 @@ class Server(Section, frozen=True):
             "the host's name with a random ending."
         ),
     ] = ""
+
+
+class Tls(Section, frozen=True):
+    """The certificate of the listeners that serve TLS; read again at a reload."""
+
+    certificate: Annotated[
+        str,
+        doc(
+            "File with the certificate and its chain, in PEM; 'credential:NAME' for one of "
+            "systemd's LoadCredential=."
+        ),
+    ] = ""
+    key: Annotated[
+        str,
+        doc("File with its private key, likewise; empty: it is in the certificate's file."),
+    ] = ""
+    minimum_version: Annotated[
+        Literal["1.2", "1.3"], doc("Least version of TLS that clients may speak.")
+    ] = "1.2"
 
 
 class Runtime(Section, frozen=True):
@@ -416,6 +453,10 @@ class Api(Section, frozen=True):
         str, doc("Address it listens on; other than loopback, put TLS and a firewall before it.")
     ] = "127.0.0.1"
     port: Annotated[Port, doc("Its port; 0 takes a free one.")] = 8001
+    tls: Annotated[
+        bool, doc("Serve https:// with the certificate of [tls]; http:// is refused.")
+    ] = False
+    proxy_protocol: Annotated[bool, doc("As server.proxy_protocol.")] = False
     keys: Annotated[
         tuple[ApiKey, ...],
         doc(
@@ -530,6 +571,7 @@ class Config(Section, frozen=True):
     """Everything an operator can decide. Durations are seconds, sizes are bytes."""
 
     server: Server = Server()
+    tls: Tls = Tls()
     runtime: Runtime = Runtime()
     auth: Auth = Auth()
     limits: Limits = Limits()
@@ -552,6 +594,11 @@ class Config(Section, frozen=True):
             return Path(environ["STATE_DIRECTORY"].split(":")[0])
         home = environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())
         return Path(home) / "wsgateway"
+
+    def tls_files(self, environ: Mapping[str, str] = os.environ) -> tuple[Path, Path]:
+        """The files with the certificate and its key. Raises ConfigError."""
+        certificate = _file("tls.certificate", self.tls.certificate, environ)
+        return certificate, _file("tls.key", self.tls.key, environ) if self.tls.key else certificate
 
     def database(self, environ: Mapping[str, str] = os.environ) -> Path:
         """The path of the token database."""
@@ -866,15 +913,7 @@ def _resolve(
 def _read_secret(
     key: Key, place: str, origin: str, environ: Mapping[str, str], warnings: list[str]
 ) -> str:
-    path = Path(place)
-    if place.startswith("credential:"):
-        folder = environ.get("CREDENTIALS_DIRECTORY")
-        if not folder:
-            raise ConfigError(
-                f"{origin}: {key.path}_file = {place!r} needs systemd's LoadCredential= "
-                "($CREDENTIALS_DIRECTORY is not set)"
-            )
-        path = Path(folder) / place.removeprefix("credential:")
+    path = _file(f"{origin}: {key.path}_file", place, environ)
     try:
         secret = path.read_text("utf-8").strip()
         if path.stat().st_mode & 0o077 and not place.startswith("credential:"):
@@ -882,6 +921,19 @@ def _read_secret(
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"{origin}: {key.path}_file: {path} cannot be read as text") from None
     return secret
+
+
+def _file(name: str, place: str, environ: Mapping[str, str]) -> Path:
+    """The path that a key holds, also of one of systemd's credentials. Raises ConfigError."""
+    if not place.startswith("credential:"):
+        return Path(place).expanduser()
+    folder = environ.get("CREDENTIALS_DIRECTORY")
+    if not folder:
+        raise ConfigError(
+            f"{name} = {place!r} needs systemd's LoadCredential= "
+            "($CREDENTIALS_DIRECTORY is not set)"
+        )
+    return Path(folder) / place.removeprefix("credential:")
 
 
 def _convert(key: Key, raw: Any, origin: str) -> Any:
@@ -960,6 +1012,7 @@ def _check_combinations(config: Config) -> None:
             raise ConfigError(f'{path} = "0s": must be longer than 0')
     for broken, sentence in (
         *_limit_rules(config),
+        *_network_rules(config),
         *_other_rules(config),
         *_weather_rules(config),
         *_chat_rules(config),
@@ -1020,6 +1073,30 @@ def _other_rules(config: Config) -> list[tuple[bool, str]]:
     ]
 
 
+def _network_rules(config: Config) -> list[tuple[bool, str]]:
+    server, api = config.server, config.api
+    rules = [
+        (
+            not _is_network(network),
+            f"server.trusted_proxies: {network!r} is neither an address nor a network such as "
+            "10.0.0.0/8",
+        )
+        for network in server.trusted_proxies
+    ]
+    for name, tls, proxied in (
+        ("server", server.tls, server.proxy_protocol),
+        ("api", api.tls, api.proxy_protocol),
+    ):
+        rules += [
+            (tls and not config.tls.certificate, f"{name}.tls = true: needs tls.certificate"),
+            (
+                proxied and not server.trusted_proxies,
+                f"{name}.proxy_protocol = true: needs server.trusted_proxies",
+            ),
+        ]
+    return rules
+
+
 def _weather_rules(config: Config) -> list[tuple[bool, str]]:
     weather = config.weather
     if weather.provider == "sample":
@@ -1063,6 +1140,14 @@ def _within_handlers(config: Config, path: str, seconds: float) -> tuple[bool, s
         seconds >= longest,
         f'{path} = "{seconds:g}s": must be shorter than handlers.timeout ("{longest:g}s")',
     )
+
+
+def _is_network(text: str) -> bool:
+    try:
+        Networks([text])
+    except ValueError:
+        return False
+    return True
 
 
 def _is_url(text: str) -> bool:

@@ -34,6 +34,7 @@ from wsgateway.handlers import Reach
 from wsgateway.handshake import Malformed, Reader, Visit
 from wsgateway.metrics import Metrics
 from wsgateway.providers import History, Services
+from wsgateway.proxy import Networks
 from wsgateway.session import Action, Session, Stop, Wait
 from wsgateway.wire import CloseCode, Framing
 
@@ -116,9 +117,11 @@ class Door(Protocol):
     max_pending: int
     metrics: Metrics
     services: Services
+    proxies: Networks | None
 
     @property
     def gateway(self) -> Reach: ...
+    def moved(self, connection: Connection, address: str) -> None: ...
     def arrived(self, connection: Connection) -> None: ...
     def requested(self, connection: Connection, visit: Visit) -> None: ...
     def congested(self, connection: Connection) -> None: ...
@@ -165,20 +168,21 @@ class Connection(asyncio.Protocol):
         "wheel_slot",
     )
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Door, address: str = "", accepted_at: float = 0.0) -> None:
         self._door = door
         self._metrics = door.metrics
         self.id = f"{getrandbits(128):032x}"
         """Names this connection, over all instances."""
         self.phase = HANDSHAKE
-        self.address = ""
+        self.address = address
+        """The device's, as far as known: what a trusted proxy told, else the TCP peer's."""
         self.identity: Identity | None = None
         self.history: History | None = None
         self.versioned = False
         """Whether the client offered `wsgateway.v1`."""
         self.frame: Framing = wire.text_frame
         """What makes a frame of a message to it; as it is unless compression was agreed on."""
-        self.heard_at = self.opened_at = monotonic()
+        self.heard_at = self.opened_at = accepted_at or monotonic()
         self.messages = 0
         self.wheel_slot = 0
         self._session: Session | None = None
@@ -324,8 +328,9 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=PAUSE_AT, low=0)
-        peer = transport.get_extra_info("peername")
-        self.address = str(peer[0]) if peer else "unknown"
+        if not self.address:
+            peer = transport.get_extra_info("peername")
+            self.address = str(peer[0]) if peer else "unknown"
         self._door.arrived(self)
 
     def data_received(self, data: bytes) -> None:
@@ -348,7 +353,8 @@ class Connection(asyncio.Protocol):
             self._read_rest(data)
 
     def eof_received(self) -> bool:
-        if self.phase is DECIDING:
+        # TLS has no half-closed connections: its end of input is the end.
+        if self.phase is DECIDING and self._transport.can_write_eof():
             self._transport.pause_reading()  # and read the end again once there is an answer
             return True
         return False
@@ -385,6 +391,10 @@ class Connection(asyncio.Protocol):
                 assert self._door.deflate is not None
                 self.frame = self._door.deflate.framings[asked.window_bits]
             self._early = self._request.rest
+            proxies = self._door.proxies
+            if proxies is not None:
+                told = proxies.client(self.address, self._request.forwarded_for())
+                self._door.moved(self, told)
             self._request = None
             self._door.requested(self, asked)
 

@@ -15,10 +15,10 @@ import random
 import socket
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from time import monotonic
-from typing import Any
 
-from wsgateway import background
+from wsgateway import background, sockets
 from wsgateway.admission import Admission
 from wsgateway.auth import Authenticator, Identity
 from wsgateway.config import Config
@@ -31,6 +31,9 @@ from wsgateway.handshake import Route, Visit
 from wsgateway.health import Health
 from wsgateway.metrics import Metrics
 from wsgateway.providers import Services
+from wsgateway.proxy import Networks
+from wsgateway.sockets import Acceptor, Preamble
+from wsgateway.tls import Tls
 from wsgateway.wire import CloseCode
 
 log = logging.getLogger(__name__)
@@ -70,9 +73,12 @@ class Listener:
         health: Health,
         metrics: Metrics,
         max_connections: int,
+        tls: Tls | None,
     ) -> None:
         self.limits = config.limits
         self.deflate = Deflate(config.compression, metrics) if config.compression.enabled else None
+        trusted = config.server.trusted_proxies
+        self.proxies = Networks(trusted) if trusted else None
         self.max_pending = config.handlers.max_pending
         self.metrics = metrics
         self.services = services
@@ -83,6 +89,7 @@ class Listener:
         self._max_connections = max_connections
         self._health = health
         self._gate = Gate(metrics)
+        self._preamble = self._make_preamble(tls)
         self._connections: set[Connection] = set()
         self._handshakes: dict[Connection, float] = {}  # with the deadline, oldest first
         self._closing: dict[Connection, float] = {}  # with the deadline, oldest first
@@ -117,37 +124,49 @@ class Listener:
 
         """
         server = self._config.server
-        loop = asyncio.get_running_loop()
-        where: dict[str, Any] = {"sock": passed}
-        if passed is None:
-            reuse_port = server.reuse_port or None
-            where = {"host": server.host, "port": server.port, "reuse_port": reuse_port}
         try:
-            sockets = await loop.create_server(
-                lambda: Connection(self),
-                backlog=server.backlog,
-                **where,
+            listening = await sockets.listen(
+                server.host,
+                server.port,
+                server.backlog,
+                reuse_port=server.reuse_port,
+                passed=passed,
             )
-        except (OSError, UnicodeError) as error:
-            raise StartError(
-                f"cannot listen on {server.host}:{server.port}: {_why(error)}: "
-                "stop what uses it, or set server.port"
-            ) from None
+        except StartError as error:
+            raise StartError(f"{error}: stop what uses it, or set server.port") from None
+        self._acceptor = Acceptor(listening, partial(Connection, self), self._preamble)
         async with background.running(self._tick(), self._cut_ended()):
             try:
-                yield [each.getsockname()[:2] for each in sockets.sockets]
+                await self._acceptor.start(server.backlog)
+                yield self._acceptor.addresses
                 # Who looks at /readyz is to send newcomers elsewhere before they are refused here.
                 self._health.leaving = True
                 await asyncio.sleep(self._config.drain.delay)
-                sockets.close()
+                await self._acceptor.stop()
                 await self._drain()
             finally:
-                sockets.close()
+                await self._acceptor.close()
                 for task in self._tasks:
                     task.cancel()
                 for connection in list(self._connections):
                     connection.abort("drain")
                 await self._gone(ABORT_SECONDS)
+
+    def _make_preamble(self, tls: Tls | None) -> Preamble | None:
+        """What comes before a request, if anything."""
+        server, limits = self._config.server, self.limits
+        if tls is None and not server.proxy_protocol:
+            return None
+        most = self._max_connections + limits.descriptor_reserve // 2
+        return Preamble(
+            tls=tls,
+            proxies=self.proxies if server.proxy_protocol else None,
+            seconds=limits.handshake_timeout,
+            shutdown_seconds=self._config.keepalive.close_timeout,
+            most=limits.handshakes,
+            has_room=lambda entering: len(self._connections) + entering <= most,
+            metrics=self.metrics,
+        )
 
     # The Door port.
 
@@ -156,11 +175,16 @@ class Listener:
         self.metrics.accepted += 1
         self._connections.add(connection)
         self._admission.enter(connection)
-        self._handshakes[connection] = monotonic() + self.limits.handshake_timeout
+        self._handshakes[connection] = connection.opened_at + self.limits.handshake_timeout
         connection.wheel_slot = self.metrics.accepted % len(self._wheel)
         if len(self._connections) > self._max_connections + self.limits.descriptor_reserve // 2:
             self.metrics.refused["descriptors"] += 1
             connection.abort("descriptors")
+
+    def moved(self, connection: Connection, address: str) -> None:
+        """A trusted proxy told for whom a connection is."""
+        if address != connection.address:
+            self._admission.move(connection, address)
 
     def requested(self, connection: Connection, visit: Visit) -> None:
         """A connection's request is complete."""
@@ -247,9 +271,10 @@ class Listener:
     def _expire(self, deadlines: dict[Connection, float], now: float, reason: str) -> None:
         late = []
         for connection, deadline in deadlines.items():
-            if deadline > now:
-                break
-            late.append(connection)
+            if deadline <= now:
+                late.append(connection)
+            elif self._preamble is None:
+                break  # they are in order, unless a preamble took some longer than others
         for connection in late:
             del deadlines[connection]
             if reason == "handshake_timeout":
@@ -327,10 +352,11 @@ class Listener:
 
     async def _gone(self, seconds: float) -> None:
         """Wait until every connection is gone, but not for longer."""
-        self._all_gone.clear()
-        if self._connections:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._acceptor.settled()
+                self._all_gone.clear()
+                if self._connections:
                     await self._all_gone.wait()
 
     def _keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
@@ -342,11 +368,3 @@ class Listener:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a connection's task failed", exc_info=task.exception())
-
-
-def _why(error: OSError | UnicodeError) -> str:
-    """The system's word for an error; create_server() hides it in a longer sentence."""
-    known = {98: "the port is in use", 13: "not permitted (ports below 1024 need a capability)"}
-    if isinstance(error, socket.gaierror | UnicodeError):
-        return "no such host"
-    return known.get(error.errno or 0, error.strerror or "refused")

@@ -32,7 +32,7 @@ class Metrics:
     opened: int = 0
     """Devices that were authenticated and told that they are connected."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Handshakes refused, by reason."""
+    """Handshakes refused, by reason; those of TLS and the PROXY protocol too, on both listeners."""
     gate_delayed: int = 0
     """Handshakes that had to wait because the loop was behind."""
     loop_lag: float = 0.0
@@ -74,6 +74,8 @@ class Metrics:
     """Token look-ups, by where the answer came from: cache, database, failed."""
     forgotten_windows: int = 0
     """Message windows of devices that left, dropped because too many were remembered."""
+    tls_certificate_expires: float = 0.0
+    """When the certificate expires, in seconds since 1970; 0 without TLS."""
     log_lines_dropped: int = 0
     """Log lines that were not written because the log was slower than the gateway."""
 

@@ -41,6 +41,7 @@ from wsgateway.roster import Roster
 from wsgateway.sends import Sends
 from wsgateway.session import Rules
 from wsgateway.systemd import Service
+from wsgateway.tls import Tls
 
 if TYPE_CHECKING:
     from wsgateway.federation import Federation
@@ -68,6 +69,7 @@ class Instance:
     control: Control
     services: Services
     federation: Federation | None
+    tls: Tls | None
     metrics: Metrics
 
 
@@ -136,6 +138,7 @@ def build(config: Config, metrics: Metrics) -> Instance:
     roster = Roster(hub, name)
     accounts = Accounts(database, authenticator)
     services = providers.build(config, metrics)
+    tls = Tls(config, metrics) if config.server.tls or config.api.tls else None
     return Instance(
         gateway=gateway,
         listener=Listener(
@@ -147,6 +150,7 @@ def build(config: Config, metrics: Metrics) -> Instance:
             health,
             metrics,
             connection_limit(config),
+            tls if config.server.tls else None,
         ),
         admission=admission,
         health=health,
@@ -158,6 +162,7 @@ def build(config: Config, metrics: Metrics) -> Instance:
         control=Control(cluster, roster, accounts),
         services=services,
         federation=federation,
+        tls=tls,
         metrics=metrics,
     )
 
@@ -193,7 +198,14 @@ async def _open_api(
     from wsgateway.api.listener import Listener as ApiListener
 
     api = Api.of(config, instance, queue)
-    async with ApiListener(config.api, api, instance.authenticator).open(passed) as address:
+    listener = ApiListener(
+        config.api,
+        api,
+        instance.authenticator,
+        instance.tls if config.api.tls else None,
+        instance.listener.proxies,
+    )
+    async with listener.open(passed) as address:
         yield address
 
 

@@ -59,6 +59,7 @@ NAMES = {
     "compression_output_bytes": "compression_output_bytes_total",
     "loop_lag": "loop_lag_seconds",
     "mirror_lag": "mirror_lag_seconds",
+    "tls_certificate_expires": "tls_certificate_expires_timestamp_seconds",
     "received_bytes": "received_bytes_total",
     "sent_bytes": "sent_bytes_total",
 }

@@ -9,28 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import ipaddress
 import logging
 import socket
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from http import HTTPStatus
 from time import monotonic, perf_counter
 from types import MappingProxyType
 from typing import Any, Final, cast
 
-import msgspec
 import orjson
 from aiohttp import web
 
-from wsgateway import background, config
-from wsgateway.api import documents, messages, people, problems, queue, status, tokens
+from wsgateway import background, config, sockets
+from wsgateway.api import documents, messages, parameters, people, problems, queue, status, tokens
 from wsgateway.api.context import Api
 from wsgateway.api.problems import Problem
 from wsgateway.api.routes import ROUTES, Answer, Call, Route
 from wsgateway.auth import Authenticator, Caller
 from wsgateway.errors import Conflict, NotFound, Refused, StartError, StoreError
+from wsgateway.proxy import Networks
+from wsgateway.sockets import Acceptor, Preamble
+from wsgateway.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +44,6 @@ SAMPLE_SECONDS: Final = 5.0
 
 STOP_SECONDS: Final = 2.0
 """How long requests under way may take when the gateway stops."""
-
-MAX_KEY: Final = 128
-"""Characters of an idempotency key."""
 
 JSON_HEADERS: Final = {
     "Content-Type": "application/json",
@@ -61,8 +60,17 @@ Handler = Any
 class Listener:
     """Answers requests to one instance."""
 
-    def __init__(self, settings: config.Api, api: Api, authenticator: Authenticator) -> None:
+    def __init__(
+        self,
+        settings: config.Api,
+        api: Api,
+        authenticator: Authenticator,
+        tls: Tls | None,
+        proxies: Networks | None,
+    ) -> None:
         self._settings = settings
+        self._tls = tls
+        self._proxies = proxies
         self._api = api
         self._authenticator = authenticator
         self._keys = {
@@ -99,35 +107,60 @@ class Listener:
         )
         await runner.setup()
         try:
-            loop = asyncio.get_running_loop()
-            where: dict[str, Any] = {"sock": passed}
-            if passed is None:
-                where = {"host": settings.host, "port": settings.port}
             try:
-                server = await loop.create_server(
-                    lambda: self._protocol(runner),
-                    backlog=settings.connections,
-                    **where,
+                listening = await sockets.listen(
+                    settings.host, settings.port, settings.connections, passed=passed
                 )
-            except (OSError, UnicodeError) as error:
+            except StartError as error:
                 raise StartError(
-                    f"cannot listen on {settings.host}:{settings.port} for the HTTP API: "
-                    f"{_why(error)}: set api.port, or api.enabled = false"
+                    f"{error}: for the HTTP API set api.port, or api.enabled = false"
                 ) from None
+            assert runner.server is not None
+            acceptor = Acceptor(
+                listening, partial(self._protocol, runner.server), self._preamble(runner.server)
+            )
             async with background.running(self._sample()):
                 try:
-                    yield server.sockets[0].getsockname()[:2]
+                    await acceptor.start(settings.connections)
+                    yield acceptor.addresses[0]
+                    await acceptor.stop()
                 finally:
-                    server.close()
+                    await acceptor.close()
         finally:
             await runner.cleanup()
 
-    def _protocol(self, runner: web.AppRunner) -> asyncio.Protocol:
-        assert runner.server is not None
-        if len(runner.server.connections) >= self._settings.connections:
+    def _preamble(self, server: web.Server) -> Preamble | None:
+        """What comes before the first request of a connection, if anything."""
+        settings = self._settings
+        if self._tls is None and not settings.proxy_protocol:
+            return None
+        return Preamble(
+            tls=self._tls,
+            proxies=self._proxies if settings.proxy_protocol else None,
+            seconds=settings.body_timeout,
+            shutdown_seconds=STOP_SECONDS,
+            most=settings.connections,
+            has_room=lambda entering: len(server.connections) + entering <= settings.connections,
+            metrics=self._api.metrics,
+        )
+
+    def _protocol(
+        self, server: web.Server, address: str = "", _accepted_at: float = 0.0
+    ) -> asyncio.Protocol:
+        if len(server.connections) >= self._settings.connections:
             self._api.metrics.api_busy += 1
             return _Closed()
-        return _Protocol(self, runner.server)
+        return _Protocol(self, server, address)
+
+    def address(self, request: web.BaseRequest) -> str:
+        """Who calls, as far as trusted proxies tell."""
+        told = request.protocol.address if isinstance(request.protocol, _Protocol) else ""
+        address = told or request.remote or "unknown"
+        if self._proxies is None:
+            return address
+        return self._proxies.client(
+            address, ",".join(request.headers.getall("X-Forwarded-For", ()))
+        )
 
     def _handler(self, route: Route) -> Handler:
         async def handle(request: web.Request) -> web.Response:
@@ -140,10 +173,10 @@ class Listener:
                 caller = await self._caller(request, route)
                 call = Call(
                     caller,
-                    _path(request, route),
-                    _query(request, route),
+                    parameters.path(request, route),
+                    parameters.query(request, route),
                     await self._body(request, route),
-                    _idempotency_key(request),
+                    parameters.idempotency_key(request),
                 )
                 answer = await route.function(self._api, call)
             except NotFound as error:
@@ -198,7 +231,9 @@ class Listener:
         except Refused as error:
             if error.retry_after is not None:
                 raise problems.unavailable("the token database does not answer") from None
-            log.warning("api call refused reason=%s", error.reason)
+            log.warning(
+                "api call refused reason=%s address=%s", error.reason, self.address(request)
+            )
             if error.reason == "scope":
                 raise problems.forbidden("a device's token is no key of this API") from None
             raise problems.unauthorized() from None
@@ -227,7 +262,7 @@ class Listener:
             document = orjson.loads(raw or b"{}")
         except orjson.JSONDecodeError:
             raise problems.malformed("the body is no JSON") from None
-        return _convert(document, route.body, strict=True)
+        return parameters.convert(document, route.body, strict=True)
 
     @web.middleware
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -273,15 +308,17 @@ class Listener:
 class _Protocol(web.RequestHandler):
     """A caller's connection: what is no HTTP gets one line in JSON, and who says nothing is cut."""
 
-    __slots__ = ("_listener", "_silent")
+    __slots__ = ("_listener", "_silent", "address")
 
-    def __init__(self, listener: Listener, server: web.Server) -> None:
+    def __init__(self, listener: Listener, server: web.Server, address: str) -> None:
         super().__init__(
             server,
             loop=asyncio.get_running_loop(),
             auto_decompress=False,
             access_log=None,  # type: ignore[arg-type]  # as AppRunner does
         )
+        self.address = address
+        """What a PROXY header told of the caller; empty without."""
         self._listener = listener
         self._silent: asyncio.TimerHandle | None = None
 
@@ -309,7 +346,7 @@ class _Protocol(web.RequestHandler):
         exc: BaseException | None = None,  # noqa: ARG002 - its text is not for the caller
         message: str | None = None,  # noqa: ARG002
     ) -> web.StreamResponse:
-        log.warning("api request refused: no HTTP address=%s", request.remote)
+        log.warning("api request refused: no HTTP address=%s", self._listener.address(request))
         response = self._listener.failure(problems.malformed("this is no HTTP request"), status)
         response.force_close()
         return response
@@ -340,56 +377,7 @@ def _problem(error: Exception) -> tuple[Problem, dict[str, str]]:
     return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "Internal server error"), {}
 
 
-def _path(request: web.Request, route: Route) -> dict[str, str]:
-    values = dict(request.match_info)
-    for name in route.parameters:
-        if name != "connection_id" and not (
-            values[name].isascii() and values[name].isdecimal() and len(values[name]) < 19
-        ):
-            raise problems.not_found(f"no such {name.removesuffix('_id')}", name)
-    return values
-
-
-def _query(request: web.Request, route: Route) -> Any:
-    if not request.query_string:
-        return route.query()
-    values: dict[str, str] = {}
-    for name, value in request.query.items():
-        # msgspec would take the word null for no value at all.
-        if name in values or value.lower() == "null":
-            raise problems.invalid(name, "one value is expected")
-        values[name] = value
-    return _convert(values, route.query, strict=False)
-
-
-def _convert(document: Any, kind: Any, *, strict: bool) -> Any:
-    """A document as a declared type. Raises Problem with the field that is to blame."""
-    try:
-        return msgspec.convert(document, kind, strict=strict)
-    except msgspec.ValidationError as error:
-        reason, _, place = str(error).partition(" - at `$")
-        field = place.rstrip("`").lstrip(".")
-        if "missing required field" in reason:
-            raise problems.missing(reason.split("`")[1]) from None
-        if "unknown field" in reason:
-            raise problems.invalid(reason.split("`")[1], "no such parameter") from None
-        raise problems.invalid(field or "body", reason) from None
-
-
-def _idempotency_key(request: web.Request) -> str | None:
-    key = request.headers.get("Idempotency-Key")
-    if key is not None and not 0 < len(key) <= MAX_KEY:
-        raise problems.invalid("Idempotency-Key", f"1 to {MAX_KEY} characters")
-    return key
-
-
 def _is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
-
-
-def _why(error: OSError | UnicodeError) -> str:
-    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        return "the port is in use"
-    return getattr(error, "strerror", None) or "no such host"

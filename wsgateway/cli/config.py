@@ -7,18 +7,14 @@ import json
 import os
 from pathlib import Path
 
-from wsgateway import config, handlers, providers
+from wsgateway import config
 from wsgateway.cli import settings
 from wsgateway.errors import ConfigError, StartError
-from wsgateway.metrics import Metrics
 
 
 def check(arguments: argparse.Namespace) -> None:
     """Say whether the configuration can be used."""
-    loaded = settings.load(arguments)
-    handlers.load(loaded.config.handlers.modules)
-    providers.build(loaded.config, Metrics())
-    print(f"configuration ok ({loaded.file or 'defaults'})")
+    settings.check(settings.load(arguments))
 
 
 def show(arguments: argparse.Namespace) -> None:

@@ -6,18 +6,15 @@ import argparse
 import asyncio
 import sys
 
-from wsgateway import demo, handlers, providers, server
+from wsgateway import demo, server
 from wsgateway.cli import settings
-from wsgateway.metrics import Metrics
 
 
 def serve(arguments: argparse.Namespace) -> None:
     """Run the gateway until a signal."""
     loaded = settings.load(arguments)
     if arguments.check:
-        handlers.load(loaded.config.handlers.modules)
-        providers.build(loaded.config, Metrics())
-        print(f"configuration ok ({loaded.file or 'defaults'})")
+        settings.check(loaded)
         return
     if not arguments.demo:
         server.run(loaded.config)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from wsgateway import config
+from wsgateway import config, handlers, providers
 from wsgateway.cli import SERVE_FLAGS
 from wsgateway.errors import UsageError
+from wsgateway.metrics import Metrics
+from wsgateway.tls import Tls
 
 
 def load(arguments: argparse.Namespace) -> config.Loaded:
@@ -25,3 +27,17 @@ def load(arguments: argparse.Namespace) -> config.Loaded:
     for warning in loaded.warnings:
         print(f"wsgateway: {warning}", file=sys.stderr)
     return loaded
+
+
+def check(loaded: config.Loaded) -> None:
+    """Try everything that a configuration names and that needs nothing running; say that it is ok.
+
+    Raises:
+        ConfigError: what cannot be used.
+
+    """
+    handlers.load(loaded.config.handlers.modules)
+    providers.build(loaded.config, Metrics())
+    if loaded.config.tls.certificate:
+        Tls(loaded.config, Metrics())
+    print(f"configuration ok ({loaded.file or 'defaults'})")
