@@ -18,6 +18,7 @@ MAX_KEY: Final = 128
 
 
 def path(request: web.Request, route: Route) -> dict[str, str]:
+    """The variable parts of a path. Raises Problem."""
     values = dict(request.match_info)
     for name in route.parameters:
         if name != "connection_id" and not (
@@ -28,6 +29,7 @@ def path(request: web.Request, route: Route) -> dict[str, str]:
 
 
 def query(request: web.Request, route: Route) -> Any:
+    """The query as the call declares it. Raises Problem."""
     if not request.query_string:
         return route.query()
     values: dict[str, str] = {}
@@ -54,6 +56,7 @@ def convert(document: Any, kind: Any, *, strict: bool) -> Any:
 
 
 def idempotency_key(request: web.Request) -> str | None:
+    """The caller's name for this request, if it has one. Raises Problem."""
     key = request.headers.get("Idempotency-Key")
     if key is not None and not 0 < len(key) <= MAX_KEY:
         raise problems.invalid("Idempotency-Key", f"1 to {MAX_KEY} characters")
