@@ -180,6 +180,8 @@ async def test_every_address_of_a_host_is_listened_on(host: str) -> None:
 async def test_one_port_serves_both_versions_of_the_internet_protocol() -> None:
     first = Acceptor(await sockets.listen("0.0.0.0", 0, 10), Echo)
     second = Acceptor(await sockets.listen("::", first.addresses[0][1], 10), Echo)
+    await first.start(10)
+    await second.start(10)
     await first.close()
     await second.close()
 

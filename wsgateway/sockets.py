@@ -185,7 +185,8 @@ class Acceptor:
     def _accept(self, listening: socket.socket, preamble: Preamble) -> None:
         complete = False
         with _told():
-            for accepted, peer in _accepted(listening, ACCEPTS_PER_TURN):
+            room = preamble.most - len(self._entering)
+            for accepted, peer in _accepted(listening, min(room, ACCEPTS_PER_TURN)):
                 self._admit(accepted, peer)
             complete = True
         if not complete:
