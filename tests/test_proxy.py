@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
+import ssl
 import struct
 from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from websockets.asyncio.client import connect
 
+from tests import certificates
+from tests.conftest import Accounts, Instance, eventually, running_gateway, settings
+from wsgateway.errors import ConfigError
 from wsgateway.proxy import BINARY_BYTES, TEXT_BYTES, Header, InvalidHeader, Networks, parse
 
 SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
@@ -162,3 +171,249 @@ def test_the_client_is_the_last_address_that_is_no_proxy_of_ours(
 def test_whatever_a_proxy_forwards_is_an_address_or_the_proxy(forwarded: str) -> None:
     client = TRUSTED.client("10.1.2.3", forwarded)
     assert ip_address(client)
+
+
+PROXIED: dict[str, Any] = {
+    "server__proxy_protocol": True,
+    "server__trusted_proxies": "127.0.0.1",
+    "api__proxy_protocol": True,
+}
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+
+
+def seen(gateway: Instance) -> list[str]:
+    """The addresses of the devices, as the API shows them."""
+    roster = gateway.running.instance.roster
+    return [each["address"] for each in roster.page(roster.find(), "", 100)]
+
+
+async def asked(port: int, *parts: bytes, source: str = "127.0.0.1") -> bytes:
+    """Everything that a listener says to bytes that come in parts."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0)
+        return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("kind", GOOD)
+async def test_a_device_has_the_address_that_the_header_tells(
+    kind: str, tls: bool, accounts: Accounts, tmp_path: Path
+) -> None:
+    header, address = GOOD[kind]
+    pair = certificates.make(tmp_path)
+    shown = pair.settings if tls else {}
+    async with running_gateway(accounts, **PROXIED, **shown) as gateway:
+        with socket.create_connection(("127.0.0.1", gateway.port)) as raw:
+            raw.sendall(header)  # which the client's first bytes will follow in the same queue
+            async with connect(
+                gateway.url().replace("ws:", "wss:" if tls else "ws:"),
+                sock=raw, ssl=pair.client() if tls else None, compression=None,
+            ) as device:  # fmt: skip
+                await device.recv()
+                assert seen(gateway) == [address or "127.0.0.1"]
+
+
+@pytest.mark.parametrize("listener", ["device", "api"])
+async def test_a_header_may_come_in_pieces_and_share_one_with_the_request(
+    listener: str, accounts: Accounts
+) -> None:
+    async with running_gateway(accounts, **PROXIED) as gateway:
+        assert gateway.running.api_address is not None
+        port = gateway.port if listener == "device" else gateway.running.api_address[1]
+        for header, _ in (GOOD["tcp4"], GOOD["inet6 with extensions"]):
+            whole = header + HEALTH
+            single = [bytes([byte]) for byte in whole]
+            for parts in ([whole], single, [header[:9], whole[9:]], [whole[:-9], whole[-9:]]):
+                assert b" 200 OK\r\n" in await asked(port, *parts)
+
+
+async def test_a_header_and_a_hello_of_tls_may_share_a_segment(
+    accounts: Accounts, tmp_path: Path
+) -> None:
+    pair = certificates.make(tmp_path)
+    async with running_gateway(accounts, **PROXIED, **pair.settings) as gateway:
+        for port in (gateway.port, gateway.running.api_address[1]):  # type: ignore[index]
+            received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+            client = pair.client().wrap_bio(received, sent, server_hostname="127.0.0.1")
+            with contextlib.suppress(ssl.SSLWantReadError):
+                client.do_handshake()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(GOOD["inet"][0] + sent.read())
+            while True:
+                received.write(await reader.read(65536))
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    client.do_handshake()
+                    break
+            client.write(HEALTH)
+            writer.write(sent.read())
+            answer = b""
+            while b"200 OK" not in answer:
+                received.write(await reader.read(65536))
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    answer += client.read(65536)
+            writer.close()
+
+
+@pytest.mark.parametrize("listener", ["device", "api"])
+async def test_strangers_are_closed_whatever_header_they_forge(
+    listener: str, accounts: Accounts, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_gateway(accounts, **PROXIED) as gateway:
+        assert gateway.running.api_address is not None
+        port = gateway.port if listener == "device" else gateway.running.api_address[1]
+        for data in (GOOD["tcp4"][0] + HEALTH, HEALTH, b""):
+            assert await asked(port, data, source="127.0.0.9") == b""
+        assert gateway.running.instance.metrics.refused["proxy_stranger"] == 3
+    lines = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert lines == ["connection refused reason=proxy_stranger address=127.0.0.9"] * 3
+
+
+@pytest.mark.parametrize(
+    "data",
+    [HEALTH, GOOD["tcp4"][0][:9], SIGNATURE, b"PROXY " + b"x" * 5000, b"\x16\x03\x01\x02" * 99],
+)
+async def test_a_trusted_proxy_that_sends_no_header_is_closed(
+    data: bytes, accounts: Accounts
+) -> None:
+    async with running_gateway(accounts, **PROXIED) as gateway:
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(data)
+        writer.write_eof()
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+        writer.close()
+        assert gateway.running.instance.metrics.refused["proxy_header"] == 1
+
+
+async def test_a_header_that_does_not_end_counts_in_the_handshakes_time(
+    accounts: Accounts,
+) -> None:
+    async with running_gateway(accounts, **PROXIED, limits__handshake_timeout=0.5) as gateway:
+        nothing = asked(gateway.port)
+        half = asked(gateway.port, GOOD["inet"][0][:20])
+        no_request = asked(gateway.port, GOOD["inet"][0])
+        async with asyncio.timeout(5):
+            assert await asyncio.gather(nothing, half, no_request) == [b""] * 3
+        assert gateway.running.instance.metrics.refused["handshake_timeout"] == 3
+
+
+async def test_connections_are_counted_by_the_address_in_the_header(accounts: Accounts) -> None:
+    async with running_gateway(accounts, **PROXIED, limits__connections_per_ip=1) as gateway:
+
+        @contextlib.asynccontextmanager
+        async def device(last: int) -> Any:
+            with socket.create_connection(("127.0.0.1", gateway.port)) as raw:
+                raw.sendall(text(f"TCP4 192.0.2.{last} 192.0.2.1 1 2"))
+                async with connect(gateway.url(), sock=raw, compression=None) as made:
+                    yield await made.recv()
+
+        async with device(7), device(8):
+            assert sorted(seen(gateway)) == ["192.0.2.7", "192.0.2.8"]
+            with pytest.raises(Exception, match="503"):
+                async with device(8):
+                    pass
+        await eventually(lambda: not seen(gateway))
+        async with device(8):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "address"),
+    [
+        (["203.0.113.9"], "203.0.113.9"),
+        (["10.0.0.1, 203.0.113.9"], "203.0.113.9"),
+        (["1.1.1.1", "203.0.113.9"], "203.0.113.9"),
+        (["203.0.113.9, 127.0.0.1"], "203.0.113.9"),
+        (["2001:db8::7"], "2001:db8::7"),
+        (["nonsense"], "127.0.0.1"),
+        ([], "127.0.0.1"),
+    ],
+)
+async def test_a_trusted_proxy_says_who_the_device_is_in_a_header_of_http(
+    forwarded: list[str], address: str, accounts: Accounts
+) -> None:
+    headers = [("x-Forwarded-For", each) for each in forwarded]
+    async with running_gateway(accounts, server__trusted_proxies="127.0.0.0/29") as gateway:
+        async with gateway.device(additional_headers=headers):
+            assert seen(gateway) == [address]
+        stranger = {"additional_headers": headers, "local_addr": ("127.0.0.9", 0)}
+        async with gateway.device(**stranger):
+            assert seen(gateway) == ["127.0.0.9"]
+
+
+async def test_what_forwards_is_believed_by_nobody_unless_configured(gateway: Instance) -> None:
+    async with gateway.device(additional_headers={"X-Forwarded-For": "203.0.113.9"}):
+        assert seen(gateway) == ["127.0.0.1"]
+
+
+async def test_connections_are_counted_by_the_address_that_a_proxy_forwards(
+    accounts: Accounts,
+) -> None:
+    options = {"server__trusted_proxies": "127.0.0.1", "limits__connections_per_ip": 1}
+    async with running_gateway(accounts, **options) as gateway:
+
+        def device(last: int) -> Any:
+            return gateway.device(additional_headers={"X-Forwarded-For": f"192.0.2.{last}"})
+
+        async with device(7), device(8):
+            with pytest.raises(Exception, match="503"):
+                async with device(8):
+                    pass
+        await eventually(lambda: gateway.running.instance.listener.connections == 0)
+        async with device(8):
+            pass
+        await eventually(lambda: gateway.running.instance.listener.connections == 0)
+        assert not gateway.running.instance.admission._addresses
+
+
+async def test_callers_of_the_api_are_named_by_trusted_proxies_only(
+    accounts: Accounts, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = (
+        b"GET /api/queue HTTP/1.1\r\nHost: h\r\nX-API-Key: wrong\r\n"
+        b"X-Forwarded-For: 1.1.1.1, 203.0.113.9\r\nConnection: close\r\n\r\n"
+    )
+    async with running_gateway(accounts, server__trusted_proxies="127.0.0.1") as gateway:
+        assert gateway.running.api_address is not None
+        port = gateway.running.api_address[1]
+        assert b" 401 " in await asked(port, call)
+        assert b" 401 " in await asked(port, call, source="127.0.0.9")
+    async with running_gateway(accounts, **PROXIED) as gateway:
+        assert gateway.running.api_address is not None
+        port = gateway.running.api_address[1]
+        assert b" 401 " in await asked(port, GOOD["inet6"][0] + call)
+        assert b" 400 " in await asked(port, GOOD["inet"][0] + b"\x00nonsense\r\n\r\n")
+    found = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert [line.rpartition("=")[2] for line in found] == [
+        "203.0.113.9", "127.0.0.9", "2001:db8::7", "192.0.2.7",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"server__trusted_proxies": "10.0.0.0/8,10.0.0.1/8"}, "'10.0.0.1/8' is neither"),
+        ({"server__trusted_proxies": "proxy.example"}, "'proxy.example' is neither"),
+        ({"server__proxy_protocol": True}, "server.proxy_protocol = true: needs server.trusted"),
+        ({"api__proxy_protocol": True}, "api.proxy_protocol = true: needs server.trusted"),
+        ({"server__tls": True}, "server.tls = true: needs tls.certificate"),
+        ({"api__tls": True}, "api.tls = true: needs tls.certificate"),
+        ({"tls__minimum_version": "1.1"}, "tls.minimum_version = '1.1': must be one of"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    overrides: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as told:
+        settings(Accounts(tmp_path), **overrides)
+    assert sentence in str(told.value)

@@ -57,17 +57,19 @@ async def test_who_waits_to_be_accepted_when_the_gateway_stops_is_answered(
 
 async def test_who_waits_is_answered_also_where_the_port_is_shared(accounts: Accounts) -> None:
     options = {"server__reuse_port": True, "api__enabled": False}
-    async with running_gateway(accounts, **options) as first:
-        async with running_gateway(
+    async with (
+        running_gateway(accounts, **options) as first,
+        running_gateway(
             accounts, **options, server__port=first.port, server__instance="there"
-        ) as second:
-            waiting = [connected(first.port, HEALTH) for _ in range(WAITING)]
-            second.stop.set()
-            answers = await asyncio.gather(*map(answer, waiting))
-            assert [each[:15] for each in answers] == [b"HTTP/1.1 200 OK"] * WAITING
-            taken = second.running.instance.metrics.accepted
-            assert 0 < taken < WAITING
-            assert first.running.instance.metrics.accepted == WAITING - taken
+        ) as second,
+    ):
+        waiting = [connected(first.port, HEALTH) for _ in range(WAITING)]
+        second.stop.set()
+        answers = await asyncio.gather(*map(answer, waiting))
+        assert [each[:15] for each in answers] == [b"HTTP/1.1 200 OK"] * WAITING
+        taken = second.running.instance.metrics.accepted
+        assert 0 < taken < WAITING
+        assert first.running.instance.metrics.accepted == WAITING - taken
 
 
 async def test_who_waits_with_a_proxy_header_is_answered(accounts: Accounts) -> None:

@@ -23,7 +23,13 @@ from websockets.exceptions import ConnectionClosed
 from tests import certificates
 from tests.certificates import Pair
 from tests.conftest import (
-    Accounts, Instance, Process, ask, eventually, running_gateway, settings,
+    Accounts,
+    Instance,
+    Process,
+    ask,
+    eventually,
+    running_gateway,
+    settings,
 )  # fmt: skip
 from wsgateway import tls
 from wsgateway.errors import ConfigError
@@ -103,9 +109,7 @@ async def test_a_device_that_ends_its_side_while_it_is_decided_about_leaves_noth
 ) -> None:
     async with running_gateway(accounts, **pair.settings) as gateway:
         listener = gateway.running.instance.listener
-        reader, writer = await asyncio.open_connection(
-            "127.0.0.1", gateway.port, ssl=pair.client()
-        )
+        _, writer = await asyncio.open_connection("127.0.0.1", gateway.port, ssl=pair.client())
         writer.write(
             f"GET /ws/device?token={gateway.token} HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\n"
             "Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
@@ -127,10 +131,13 @@ async def test_a_reader_that_stalls_is_cut_and_holds_no_more_than_it_may(
             one.transport.pause_reading()
             sent = 0
             while listener.connections and sent < 2000:
-                gateway.running.instance.gateway.to_user(1, {"type": "news", "message": "x" * 30_000})
+                gateway.running.instance.gateway.to_user(
+                    1, {"type": "news", "message": "x" * 30_000}
+                )
                 sent += 1
                 await asyncio.sleep(0)
             await eventually(lambda: listener.connections == 0)
+            one.transport.abort()
         assert metrics.aborted["slow"] + metrics.aborted["stalled"] == 1
 
 
@@ -138,12 +145,12 @@ async def test_peers_that_ignore_the_close_of_tls_are_cut_in_time(
     accounts: Accounts, pair: Pair
 ) -> None:
     options = {**pair.settings, "keepalive__close_timeout": 1, "drain__window": 1}
-    async with running_gateway(accounts, **options) as gateway:
-        async with device(gateway, pair) as one:
-            await status(one)
-            one.transport.pause_reading()
-            async with asyncio.timeout(5):
-                await gateway.shut_down()
+    async with running_gateway(accounts, **options) as gateway, device(gateway, pair) as one:
+        await status(one)
+        one.transport.pause_reading()
+        async with asyncio.timeout(5):
+            await gateway.shut_down()
+        one.transport.abort()
 
 
 @pytest.mark.parametrize("listener", ["device", "api"])
@@ -184,9 +191,7 @@ async def test_what_is_no_tls_is_closed_counted_and_told_in_a_line(
 async def test_a_tls_handshake_that_is_too_slow_counts_in_the_handshakes_time(
     accounts: Accounts, pair: Pair
 ) -> None:
-    async with running_gateway(
-        accounts, **pair.settings, limits__handshake_timeout=0.5
-    ) as gateway:
+    async with running_gateway(accounts, **pair.settings, limits__handshake_timeout=0.5) as gateway:
         refused = gateway.running.instance.metrics.refused
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -276,23 +281,17 @@ def broken(tmp_path: Path) -> dict[str, tuple[dict[str, object], str]]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", list(broken(Path("/tmp"))) if False else [
-    "missing", "folder", "noise", "key as certificate", "no key", "cut", "other's key",
-    "passphrase", "no credentials",
-])  # fmt: skip
-def test_a_certificate_that_cannot_be_used_is_one_line(
-    case: str, accounts_path: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "case",
+    ["missing", "folder", "noise", "key as certificate", "no key", "cut", "other's key",
+     "passphrase", "no credentials"],
+)  # fmt: skip
+def test_a_certificate_that_cannot_be_used_is_one_line(case: str, tmp_path: Path) -> None:
     overrides, sentence = broken(tmp_path)[case]
     with pytest.raises(ConfigError) as told:
-        Tls(settings(Accounts(accounts_path), **overrides), Metrics())
+        Tls(settings(Accounts(tmp_path), **overrides), Metrics())
     assert sentence in str(told.value)
     assert "\n" not in str(told.value)
-
-
-@pytest.fixture
-def accounts_path(tmp_path: Path) -> Path:
-    return tmp_path / "unused.db"
 
 
 def test_a_certificate_and_its_key_may_share_a_file_and_be_credentials(
@@ -313,14 +312,16 @@ def test_the_check_of_a_configuration_finds_what_is_wrong_with_a_certificate(
     for command in (["config", "check"], ["serve"], ["serve", "--check"]):
         done = cli(*command, "--set", "server.tls=true", *words)
         assert done.returncode == 78
-        assert done.stderr == f"wsgateway: tls.key = {other.key}: is not the key of {pair.certificate}\n"
+        assert (
+            done.stderr
+            == f"wsgateway: tls.key = {other.key}: is not the key of {pair.certificate}\n"
+        )
 
 
 def test_an_expired_certificate_is_used_with_a_warning(
-    tmp_path: Path, cli: Callable[..., Any], serve: Callable[..., Process]
+    tmp_path: Path, serve: Callable[..., Process]
 ) -> None:
     old = certificates.make(tmp_path, "old", days=-2)
-    assert cli("db", "init").returncode in (0, 2)
     words = [f"--set=tls.certificate={old.certificate}", f"--set=tls.key={old.key}"]
     process = serve("--set", "server.tls=true", *words, "--demo")
     context = ssl.create_default_context()
@@ -347,7 +348,9 @@ def test_the_end_of_a_certificate_is_read_whatever_its_century(
 def test_openssl_says_the_same_about_a_chain(tmp_path: Path, pair: Pair) -> None:
     chain = tmp_path / "chain.pem"
     issuer = certificates.make(tmp_path, "issuer", days=900)
-    chain.write_bytes(b"Bag Attributes\n" + pair.certificate.read_bytes() + issuer.certificate.read_bytes())
+    chain.write_bytes(
+        b"Bag Attributes\n" + pair.certificate.read_bytes() + issuer.certificate.read_bytes()
+    )
     said = subprocess.run(
         ["openssl", "x509", "-enddate", "-noout", "-in", str(chain)],
         capture_output=True, text=True, check=True,
