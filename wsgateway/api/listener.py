@@ -152,10 +152,10 @@ class Listener:
             return _Closed()
         return _Protocol(self, server, address)
 
-    def address(self, request: web.BaseRequest) -> str:
+    def _address(self, request: web.Request) -> str:
         """Who calls, as far as trusted proxies tell."""
-        told = request.protocol.address if isinstance(request.protocol, _Protocol) else ""
-        address = told or request.remote or "unknown"
+        assert isinstance(request.protocol, _Protocol)
+        address = request.protocol.address or request.remote or "unknown"
         if self._proxies is None:
             return address
         return self._proxies.client(
@@ -232,7 +232,7 @@ class Listener:
             if error.retry_after is not None:
                 raise problems.unavailable("the token database does not answer") from None
             log.warning(
-                "api call refused reason=%s address=%s", error.reason, self.address(request)
+                "api call refused reason=%s address=%s", error.reason, self._address(request)
             )
             if error.reason == "scope":
                 raise problems.forbidden("a device's token is no key of this API") from None
@@ -346,7 +346,7 @@ class _Protocol(web.RequestHandler):
         exc: BaseException | None = None,  # noqa: ARG002 - its text is not for the caller
         message: str | None = None,  # noqa: ARG002
     ) -> web.StreamResponse:
-        log.warning("api request refused: no HTTP address=%s", self._listener.address(request))
+        log.warning("api request refused: no HTTP address=%s", self.address or request.remote)
         response = self._listener.failure(problems.malformed("this is no HTTP request"), status)
         response.force_close()
         return response
