@@ -298,7 +298,8 @@ async def test_a_trusted_proxy_that_sends_no_header_is_closed(
 async def test_a_header_that_does_not_end_counts_in_the_handshakes_time(
     accounts: Accounts,
 ) -> None:
-    async with running_gateway(accounts, **PROXIED, limits__handshake_timeout=0.5) as gateway:
+    quick = {"limits__handshake_timeout": 0.5, "limits__handshake_wait": 0.1}
+    async with running_gateway(accounts, **PROXIED, **quick) as gateway:
         nothing = asked(gateway.port)
         half = asked(gateway.port, GOOD["inet"][0][:20])
         no_request = asked(gateway.port, GOOD["inet"][0])

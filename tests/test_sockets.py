@@ -124,7 +124,8 @@ async def test_more_preambles_than_there_is_room_for_wait_in_the_kernel(
     accounts: Accounts, tmp_path: Path
 ) -> None:
     pair = certificates.make(tmp_path)
-    options = {**pair.settings, "limits__handshakes": 3, "limits__handshake_timeout": 1}
+    options = {**pair.settings, "limits__handshakes": 3, "limits__handshake_timeout": 1,
+               "limits__handshake_wait": 0.1}  # fmt: skip
     async with running_gateway(accounts, **options) as gateway:
         silent = [connected(gateway.port) for _ in range(3)]
         late = await asyncio.gather(

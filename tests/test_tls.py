@@ -191,7 +191,9 @@ async def test_what_is_no_tls_is_closed_counted_and_told_in_a_line(
 async def test_a_tls_handshake_that_is_too_slow_counts_in_the_handshakes_time(
     accounts: Accounts, pair: Pair
 ) -> None:
-    async with running_gateway(accounts, **pair.settings, limits__handshake_timeout=0.5) as gateway:
+    async with running_gateway(
+        accounts, **pair.settings, limits__handshake_timeout=0.5, limits__handshake_wait=0.1
+    ) as gateway:
         refused = gateway.running.instance.metrics.refused
         loop = asyncio.get_running_loop()
         started = loop.time()

@@ -151,6 +151,13 @@ class Acceptor:
         Who is in its preamble goes on; `settled` waits for them.
         """
         queues = [each.dup() for each in self._listening]  # the loop closes what it accepts on
+        loop = asyncio.get_running_loop()
+        if isinstance(loop, asyncio.SelectorEventLoop):
+            # It makes a transport a turn after it accepted, and loses who was accepted if the
+            # server is closed by then; uvloop makes it at once.
+            for each in self._listening:
+                loop.remove_reader(each)
+            await asyncio.sleep(0)
         self._close()
         for queue in queues:
             with queue, _told():
@@ -158,6 +165,7 @@ class Acceptor:
                     self._admit(accepted, peer)
         if self._preamble is None:
             await self.settled()
+            await asyncio.sleep(0)  # a protocol hears of its connection in the turn after
 
     async def settled(self) -> None:
         """Wait until nobody is in its preamble any more. Cancelling is safe."""
