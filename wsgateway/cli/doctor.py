@@ -134,7 +134,8 @@ def _door(arguments: argparse.Namespace, config: Config) -> Door:
     if given is None:
         if not config.server.port:
             raise UsageError("server.port is 0: name where devices connect with --device-url")
-        url = f"ws://{_reachable(config.server.host)}:{config.server.port}"
+        scheme = "wss" if config.server.tls else "ws"
+        url = f"{scheme}://{_reachable(config.server.host)}:{config.server.port}"
         return Door(f"{url}/ws/device/", arguments.timeout, _context(url, known=False))
     base, path = _address("--device-url", given, "ws", "wss")
     return Door(base + (path if len(path) > 1 else "/ws/device/"), arguments.timeout,
@@ -160,7 +161,8 @@ def _api(arguments: argparse.Namespace, config: Config) -> Place | None:
         return None
     if not config.api.port:
         raise UsageError("api.port is 0: name where the HTTP API is with --url")
-    url = f"http://{_reachable(config.api.host)}:{config.api.port}"
+    scheme = "https" if config.api.tls else "http"
+    url = f"{scheme}://{_reachable(config.api.host)}:{config.api.port}"
     return Place(url, arguments.timeout, _context(url, known=False))
 
 
