@@ -193,7 +193,7 @@ async def test_a_socket_that_was_passed_in_is_accepted_on() -> None:
     passed = socket.create_server(("127.0.0.1", 0))
     address = passed.getsockname()
     made = connected(address[1], b"hello")  # before anybody accepts
-    acceptor = Acceptor(await sockets.listen("nowhere.invalid", 1, 10, inherited=passed), Echo)
+    acceptor = Acceptor(await sockets.listen("nowhere.invalid", 1, 10, passed=passed), Echo)
     await acceptor.start(10)
     assert acceptor.addresses == [address]
     assert await asyncio.get_running_loop().sock_recv(made, 10) == b"hello"
@@ -201,6 +201,21 @@ async def test_a_socket_that_was_passed_in_is_accepted_on() -> None:
     await acceptor.stop()
     with pytest.raises(ConnectionRefusedError):
         connected(address[1])
+
+
+async def test_who_waits_at_a_socket_that_stays_open_elsewhere_is_left_to_the_next() -> None:
+    kept = socket.create_server(("127.0.0.1", 0))
+    passed = await sockets.listen("", 0, 10, passed=kept.dup())
+    acceptor = Acceptor(passed, Echo, shared=True)
+    await acceptor.start(10)
+    assert await echoed(socket.AF_INET, kept.getsockname()) == b"hello"
+    waiting = connected(kept.getsockname()[1], b"hello")
+    await acceptor.stop()  # before the loop could accept
+    kept.setblocking(False)
+    accepted, _ = kept.accept()
+    assert accepted.recv(10) == b"hello"
+    for each in (accepted, waiting, kept):
+        each.close()
 
 
 @pytest.mark.parametrize(

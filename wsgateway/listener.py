@@ -134,7 +134,9 @@ class Listener:
             )
         except StartError as error:
             raise StartError(f"{error}: stop what uses it, or set server.port") from None
-        self._acceptor = Acceptor(listening, partial(Connection, self), self._preamble)
+        self._acceptor = Acceptor(
+            listening, partial(Connection, self), self._preamble, shared=passed is not None
+        )
         async with background.running(self._tick(), self._cut_ended()):
             try:
                 await self._acceptor.start(server.backlog)

@@ -125,12 +125,19 @@ class Acceptor:
     """Accepts on listening sockets, which are its own from now on, until it is told to stop."""
 
     def __init__(
-        self, listening: list[socket.socket], factory: Factory, preamble: Preamble | None = None
+        self,
+        listening: list[socket.socket],
+        factory: Factory,
+        preamble: Preamble | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
+        """``shared`` sockets stay open elsewhere: who waits is left to who accepts next."""
         self.addresses: list[tuple[str, int]] = [each.getsockname()[:2] for each in listening]
         self._listening = listening
         self._factory = factory
         self._preamble = preamble
+        self._shared = shared
         self._servers: list[asyncio.Server] = []
         self._entering: set[asyncio.Task[None]] = set()
         self._paused = False
@@ -148,9 +155,12 @@ class Acceptor:
     async def stop(self) -> None:
         """Let in who waits in the kernel's queue, then close: closing alone would reset them.
 
+        Sockets that stay open elsewhere keep their queue.
+
         Who is in its preamble goes on; `settled` waits for them.
         """
-        queues = [each.dup() for each in self._listening]  # the loop closes what it accepts on
+        # The loop closes what it accepts on.
+        queues = [] if self._shared else [each.dup() for each in self._listening]
         loop = asyncio.get_running_loop()
         if isinstance(loop, asyncio.SelectorEventLoop):
             # It makes a transport a turn after it accepted, and loses who was accepted if the

@@ -117,7 +117,10 @@ class Listener:
                 ) from None
             assert runner.server is not None
             acceptor = Acceptor(
-                listening, partial(self._protocol, runner.server), self._preamble(runner.server)
+                listening,
+                partial(self._protocol, runner.server),
+                self._preamble(runner.server),
+                shared=passed is not None,
             )
             async with background.running(self._sample()):
                 try:
