@@ -61,15 +61,22 @@ class Listener:
     """Answers requests to one instance."""
 
     def __init__(self, settings: config.Api, api: Api, authenticator: Authenticator) -> None:
-        self._settings = settings
         self._api = api
         self._authenticator = authenticator
+        self._under_way = 0
+        self._headers = {**JSON_HEADERS, INSTANCE_HEADER: api.cluster.name}
+        self._take(settings)
+
+    def configure(self, config: config.Config) -> None:
+        """Answer from now on as another configuration says; who calls is found out anew each time."""
+        self._take(config.api)
+
+    def _take(self, settings: config.Api) -> None:
+        self._settings = settings
         self._keys = {
             key.sha256: Caller(key.name, key.scope, f"key {key.name}") for key in settings.keys
         }
         self.body_timeout = settings.body_timeout
-        self._under_way = 0
-        self._headers = {**JSON_HEADERS, INSTANCE_HEADER: api.cluster.name}
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[tuple[str, int]]:
@@ -80,7 +87,7 @@ class Listener:
 
         """
         settings = self._settings
-        app = web.Application(client_max_size=settings.body_bytes)
+        app = web.Application(client_max_size=0)  # no limit: `_body` looks at the length before
         for route in ROUTES:
             app.router.add_route(
                 route.method, route.path, self._handler(route), expect_handler=self._expect
