@@ -61,6 +61,7 @@ class Federation:
 
     def configure(self, config: Config) -> None:
         """Take other bounds for what comes through Redis."""
+        self._config = config
         self.mirror.max_message = config.limits.message_bytes
         if self._ingest is not None:
             self._ingest.configure(config)

@@ -67,10 +67,12 @@ class Reloader:
         read: Callable[[], Loaded],
         metrics: Metrics,
         around: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        read_seconds: float = READ_SECONDS,
     ) -> None:
-        """``running`` is in use; ``read`` reads again what it came from. Each reload happens inside
-        of a context of ``around``, e.g. to tell the service manager.
+        """``running`` is in use; ``read`` reads again what it came from, in ``read_seconds`` at most.
+        Each reload happens inside of a context of ``around``, e.g. to tell the service manager.
         """
+        self._read_seconds = read_seconds
         self._running = running
         self._read = read
         self._metrics = metrics
@@ -158,11 +160,11 @@ class Reloader:
         self._reading = reading
         threading.Thread(target=work, name="reload", daemon=True).start()
         try:
-            async with asyncio.timeout(READ_SECONDS):
+            async with asyncio.timeout(self._read_seconds):
                 return await asyncio.wrap_future(reading)
         except TimeoutError:
             raise ConfigError(
-                f"its files could not be read within {READ_SECONDS:g} s: is a disk away, or one of "
+                f"its files could not be read within {self._read_seconds:g} s: is a disk away, or one of "
                 "them a pipe?"
             ) from None
 
