@@ -100,10 +100,10 @@ def held_by(root: object) -> tuple[set[object], list[msgspec.Struct]]:
         elif isinstance(one, msgspec.Struct):
             sections.append(one)
             stack += msgspec.structs.astuple(one)
-        elif callable(one) and hasattr(one, "__closure__"):
-            stack += [cell.cell_contents for cell in one.__closure__ or ()]
         elif callable(one) and hasattr(one, "__self__"):
             stack.append(one.__self__)
+        elif callable(one) and hasattr(one, "__closure__"):
+            stack += [cell.cell_contents for cell in one.__closure__ or ()]
         elif type(one).__module__.startswith("wsgateway"):
             names = [name for kind in type(one).__mro__ for name in getattr(kind, "__slots__", ())]
             stack += [getattr(one, name) for name in names if hasattr(one, name)]
