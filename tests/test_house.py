@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).parent.parent / "wsgateway"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "background"},
+    {"errors", "background", "signals"},
     {"config", "metrics", "wire", "hub", "limits", "ledger", "timings", "subscriptions"},
     {"deflate"},
-    {"logs", "systemd", "store", "providers", "fanout", "handshake", "envelope", "gate"},
+    {"logs", "systemd", "dump", "store", "providers", "fanout", "handshake", "envelope", "gate"},
     {"handlers", "gateway", "auth", "link"},
-    {"session", "accounts", "roster", "cluster", "mirror"},
+    {"session", "reload", "accounts", "roster", "cluster", "mirror"},
     {"connection", "control", "sends", "presence", "health"},
     {"admission", "ingest"},
     {"listener", "federation", "api"},

@@ -95,6 +95,23 @@ class Listener:
         self._next_slot = 0
         self._allowed_silence = math.ceil(config.keepalive.timeout / config.keepalive.interval)
 
+    def configure(self, config: Config) -> None:
+        """Go by another configuration: deadlines that run stay, those of later steps are the new.
+
+        Who is connected beyond a new limit stays; it decides about those who come.
+        """
+        self._config = config
+        self.limits = config.limits
+        self.max_pending = config.handlers.max_pending
+        self._allowed_silence = math.ceil(config.keepalive.timeout / config.keepalive.interval)
+        slots = max(1, round(config.keepalive.interval / TICK))
+        if slots != len(self._wheel):
+            self._turn_into(slots)
+
+    def resize(self, max_connections: int) -> None:
+        """Let so many connections in, from now on."""
+        self._max_connections = max_connections
+
     @property
     def connections(self) -> int:
         """Connections that are open, in their handshake or closing."""
@@ -222,11 +239,11 @@ class Listener:
 
     async def _tick(self) -> None:
         """Look at what is due, for ever. A late tick makes up for the slots it missed."""
-        limits = self.limits
-        slot_seconds = self._config.keepalive.interval / len(self._wheel)
-        pause = min(TICK, slot_seconds)
-        next_slot_at = monotonic() + slot_seconds
+        next_slot_at = monotonic()
         while True:
+            limits = self.limits
+            slot_seconds = self._config.keepalive.interval / len(self._wheel)
+            pause = min(TICK, slot_seconds)
             due = monotonic() + pause
             await asyncio.sleep(pause)
             now = monotonic()
@@ -262,6 +279,16 @@ class Listener:
                 self._congested.discard(connection)
             elif connection.stalled(now, self.limits.outbound_stall):
                 connection.abort("stalled")
+
+    def _turn_into(self, slots: int) -> None:
+        """Spread everybody anew over a wheel of so many slots."""
+        pinged = set().union(*self._wheel)
+        self._wheel = [set() for _ in range(slots)]
+        self._next_slot %= slots
+        for number, connection in enumerate(self._connections):
+            connection.wheel_slot = number % slots
+            if connection in pinged:
+                self._wheel[connection.wheel_slot].add(connection)
 
     async def _visit_slot(self) -> None:
         slot = self._wheel[self._next_slot]

@@ -20,7 +20,6 @@ from time import monotonic, perf_counter
 from types import MappingProxyType
 from typing import Any, Final, cast
 
-import msgspec
 import orjson
 from aiohttp import web
 
@@ -28,6 +27,7 @@ from wsgateway import background, config
 from wsgateway.api import documents, messages, people, problems, queue, status, tokens
 from wsgateway.api.context import Api
 from wsgateway.api.problems import Problem
+from wsgateway.api.requests import convert, read_idempotency_key, read_path, read_query
 from wsgateway.api.routes import ROUTES, Answer, Call, Route
 from wsgateway.auth import Authenticator, Caller
 from wsgateway.errors import Conflict, NotFound, Refused, StartError, StoreError
@@ -42,9 +42,6 @@ SAMPLE_SECONDS: Final = 5.0
 
 STOP_SECONDS: Final = 2.0
 """How long requests under way may take when the gateway stops."""
-
-MAX_KEY: Final = 128
-"""Characters of an idempotency key."""
 
 JSON_HEADERS: Final = {
     "Content-Type": "application/json",
@@ -62,15 +59,22 @@ class Listener:
     """Answers requests to one instance."""
 
     def __init__(self, settings: config.Api, api: Api, authenticator: Authenticator) -> None:
-        self._settings = settings
         self._api = api
         self._authenticator = authenticator
+        self._under_way = 0
+        self._headers = {**JSON_HEADERS, INSTANCE_HEADER: api.cluster.name}
+        self._take(settings)
+
+    def configure(self, config: config.Config) -> None:
+        """Answer from now on as another configuration says; who calls is found out anew each time."""
+        self._take(config.api)
+
+    def _take(self, settings: config.Api) -> None:
+        self._settings = settings
         self._keys = {
             key.sha256: Caller(key.name, key.scope, f"key {key.name}") for key in settings.keys
         }
         self.body_timeout = settings.body_timeout
-        self._under_way = 0
-        self._headers = {**JSON_HEADERS, INSTANCE_HEADER: api.cluster.name}
 
     @contextlib.asynccontextmanager
     async def open(self, passed: socket.socket | None = None) -> AsyncIterator[tuple[str, int]]:
@@ -84,7 +88,7 @@ class Listener:
         """
         settings = self._settings
         host = passed.getsockname()[0] if passed else settings.host
-        app = web.Application(client_max_size=settings.body_bytes)
+        app = web.Application(client_max_size=0)  # no limit: `_body` looks at the length before
         for route in ROUTES:
             app.router.add_route(
                 route.method, route.path, self._handler(route), expect_handler=self._expect
@@ -140,10 +144,10 @@ class Listener:
                 caller = await self._caller(request, route)
                 call = Call(
                     caller,
-                    _path(request, route),
-                    _query(request, route),
+                    read_path(request, route),
+                    read_query(request, route),
                     await self._body(request, route),
-                    _idempotency_key(request),
+                    read_idempotency_key(request),
                 )
                 answer = await route.function(self._api, call)
             except NotFound as error:
@@ -227,7 +231,7 @@ class Listener:
             document = orjson.loads(raw or b"{}")
         except orjson.JSONDecodeError:
             raise problems.malformed("the body is no JSON") from None
-        return _convert(document, route.body, strict=True)
+        return convert(document, route.body, strict=True)
 
     @web.middleware
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -338,49 +342,6 @@ def _problem(error: Exception) -> tuple[Problem, dict[str, str]]:
         return Problem(status, "http", status.phrase), {}
     log.error("an api call failed", exc_info=error)
     return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "Internal server error"), {}
-
-
-def _path(request: web.Request, route: Route) -> dict[str, str]:
-    values = dict(request.match_info)
-    for name in route.parameters:
-        if name != "connection_id" and not (
-            values[name].isascii() and values[name].isdecimal() and len(values[name]) < 19
-        ):
-            raise problems.not_found(f"no such {name.removesuffix('_id')}", name)
-    return values
-
-
-def _query(request: web.Request, route: Route) -> Any:
-    if not request.query_string:
-        return route.query()
-    values: dict[str, str] = {}
-    for name, value in request.query.items():
-        # msgspec would take the word null for no value at all.
-        if name in values or value.lower() == "null":
-            raise problems.invalid(name, "one value is expected")
-        values[name] = value
-    return _convert(values, route.query, strict=False)
-
-
-def _convert(document: Any, kind: Any, *, strict: bool) -> Any:
-    """A document as a declared type. Raises Problem with the field that is to blame."""
-    try:
-        return msgspec.convert(document, kind, strict=strict)
-    except msgspec.ValidationError as error:
-        reason, _, place = str(error).partition(" - at `$")
-        field = place.rstrip("`").lstrip(".")
-        if "missing required field" in reason:
-            raise problems.missing(reason.split("`")[1]) from None
-        if "unknown field" in reason:
-            raise problems.invalid(reason.split("`")[1], "no such parameter") from None
-        raise problems.invalid(field or "body", reason) from None
-
-
-def _idempotency_key(request: web.Request) -> str | None:
-    key = request.headers.get("Idempotency-Key")
-    if key is not None and not 0 < len(key) <= MAX_KEY:
-        raise problems.invalid("Idempotency-Key", f"1 to {MAX_KEY} characters")
-    return key
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import sys
 
 from wsgateway import demo, handlers, providers, server
 from wsgateway.cli import settings
+from wsgateway.config import Loaded
 from wsgateway.metrics import Metrics
+from wsgateway.signals import Signals
 
 
 def serve(arguments: argparse.Namespace) -> None:
     """Run the gateway until a signal."""
+    signals = Signals()
     loaded = settings.load(arguments)
     if arguments.check:
         handlers.load(loaded.config.handlers.modules)
         providers.build(loaded.config, Metrics())
         print(f"configuration ok ({loaded.file or 'defaults'})")
         return
+
+    def read() -> Loaded:
+        # The same file as before: that one must not vanish and another take its place.
+        return settings.read(arguments, loaded.file)
+
     if not arguments.demo:
-        server.run(loaded.config)
+        server.run(loaded.config, signals, read)
         return
     made = asyncio.run(demo.prepare(loaded.config))
 
@@ -29,7 +38,11 @@ def serve(arguments: argparse.Namespace) -> None:
             print("--demo has a loopback address and a database of its own.", file=sys.stderr)
         _say_what_next(running, made)
 
-    server.run(made.config, ready=ready)
+    def read_demo() -> Loaded:
+        again = read()
+        return dataclasses.replace(again, config=demo.confined(again.config))
+
+    server.run(made.config, signals, read_demo, ready)
 
 
 def _say_what_next(running: server.Running, made: demo.Demo) -> None:
