@@ -23,6 +23,7 @@ import uvloop
 from websockets.asyncio.client import ClientConnection, connect
 
 from wsgateway import auth, config, server, store
+from wsgateway.reload import Changes
 
 LOOPS: Mapping[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "uvloop": uvloop.new_event_loop,
@@ -93,6 +94,13 @@ class Instance:
     stop: asyncio.Event
     task: asyncio.Task[None]
     token: str
+    overrides: dict[str, object]
+    """What is configured; a reload reads it again."""
+
+    async def reload(self, **overrides: object) -> Changes:
+        """Change the configuration and have it read again."""
+        self.overrides |= overrides
+        return await self.running.reloader.reload()
 
     @property
     def port(self) -> int:
@@ -128,6 +136,11 @@ class Instance:
 
 def settings(accounts: Accounts, **overrides: object) -> config.Config:
     """A configuration for tests: loopback, a free port, quick polling. Keys are written a__b."""
+    return loaded(accounts, overrides).config
+
+
+def loaded(accounts: Accounts, overrides: Mapping[str, object]) -> config.Loaded:
+    """The same, with where each value came from."""
     flags: dict[str, object] = {
         "server.host": "127.0.0.1",
         "server.port": 0,
@@ -138,7 +151,7 @@ def settings(accounts: Accounts, **overrides: object) -> config.Config:
         "server.instance": "here",
     }
     flags |= {key.replace("__", ".", 1): value for key, value in overrides.items()}
-    return config.load(None, environ={}, flags=flags).config
+    return config.load(None, environ={}, flags=flags)
 
 
 @contextlib.asynccontextmanager
@@ -147,13 +160,16 @@ async def running_gateway(accounts: Accounts, **overrides: object) -> AsyncItera
     ready: asyncio.Future[server.Running] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     task = asyncio.create_task(
-        server.serve(settings(accounts, **overrides), stop, ready=ready.set_result)
-    )
+        server.serve(
+            settings(accounts, **overrides), stop, ready=ready.set_result,
+            read=lambda: loaded(accounts, overrides),
+        )
+    )  # fmt: skip
     await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         ready.cancel()
         task.result()
-    instance = Instance(ready.result(), stop, task, accounts.token)
+    instance = Instance(ready.result(), stop, task, accounts.token, overrides)
     try:
         yield instance
     finally:

@@ -930,6 +930,7 @@ async def test_each_call_asks_for_its_scope_and_who_has_less_changes_nothing(
         "/api/tokens",
         "/api/tokens/{token_id}",
         "/api/queue",  # DELETE only
+        "/api/reload",
     }
     async with backend.instance.device() as device:
         [row] = (await backend.get("/api/connections")).data["connections"]

@@ -12,12 +12,23 @@ PACKAGE = Path(__file__).parent.parent / "wsgateway"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "background", "proxy"},
+    {"errors", "background", "signals", "proxy"},
     {"config", "metrics", "wire", "hub", "limits", "ledger", "timings", "subscriptions"},
     {"deflate"},
-    {"logs", "systemd", "store", "providers", "fanout", "handshake", "envelope", "gate", "tls"},
+    {
+        "logs",
+        "systemd",
+        "dump",
+        "store",
+        "providers",
+        "fanout",
+        "handshake",
+        "envelope",
+        "gate",
+        "tls",
+    },
     {"handlers", "gateway", "auth", "link", "sockets"},
-    {"session", "accounts", "roster", "cluster", "mirror"},
+    {"session", "reload", "accounts", "roster", "cluster", "mirror"},
     {"connection", "control", "sends", "presence", "health"},
     {"admission", "ingest"},
     {"listener", "federation", "api"},

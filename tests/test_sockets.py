@@ -171,7 +171,7 @@ async def echoed(family: int, address: Any) -> bytes:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "", "0.0.0.0", "::"])
 async def test_every_address_of_a_host_is_listened_on(host: str) -> None:
-    acceptor = Acceptor(await sockets.listen(host, 0, 10), Echo)
+    acceptor = Acceptor(await sockets.listen(host, 0, 10, "mend it"), Echo)
     await acceptor.start(10)
     for address in acceptor.addresses:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
@@ -181,8 +181,8 @@ async def test_every_address_of_a_host_is_listened_on(host: str) -> None:
 
 
 async def test_one_port_serves_both_versions_of_the_internet_protocol() -> None:
-    first = Acceptor(await sockets.listen("0.0.0.0", 0, 10), Echo)
-    second = Acceptor(await sockets.listen("::", first.addresses[0][1], 10), Echo)
+    first = Acceptor(await sockets.listen("0.0.0.0", 0, 10, "mend it"), Echo)
+    second = Acceptor(await sockets.listen("::", first.addresses[0][1], 10, "mend it"), Echo)
     await first.start(10)
     await second.start(10)
     await first.close()
@@ -193,7 +193,9 @@ async def test_a_socket_that_was_passed_in_is_accepted_on() -> None:
     passed = socket.create_server(("127.0.0.1", 0))
     address = passed.getsockname()
     made = connected(address[1], b"hello")  # before anybody accepts
-    acceptor = Acceptor(await sockets.listen("nowhere.invalid", 1, 10, passed=passed), Echo)
+    acceptor = Acceptor(
+        await sockets.listen("nowhere.invalid", 1, 10, "mend it", passed=passed), Echo
+    )
     await acceptor.start(10)
     assert acceptor.addresses == [address]
     assert await asyncio.get_running_loop().sock_recv(made, 10) == b"hello"
@@ -205,7 +207,7 @@ async def test_a_socket_that_was_passed_in_is_accepted_on() -> None:
 
 async def test_who_waits_at_a_socket_that_stays_open_elsewhere_is_left_to_the_next() -> None:
     kept = socket.create_server(("127.0.0.1", 0))
-    passed = await sockets.listen("", 0, 10, passed=kept.dup())
+    passed = await sockets.listen("", 0, 10, "mend it", passed=kept.dup())
     acceptor = Acceptor(passed, Echo, shared=True)
     await acceptor.start(10)
     assert await echoed(socket.AF_INET, kept.getsockname()) == b"hello"
@@ -233,5 +235,5 @@ async def test_an_address_that_cannot_be_listened_on_is_told_in_one_line(
     with socket.create_server(("127.0.0.1", 0)) as other:
         number = port(other.getsockname()[1])
         with pytest.raises(StartError) as told:
-            await sockets.listen(host, number, 10)
-    assert str(told.value) == f"cannot listen on {host}:{number}: {why}"
+            await sockets.listen(host, number, 10, "mend it")
+    assert str(told.value) == f"cannot listen on {host}:{number}: {why}: mend it"

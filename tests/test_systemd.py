@@ -130,12 +130,20 @@ def test_it_is_not_ready_when_it_cannot_start(
 def test_a_reload_says_when_it_began(path_ear: Ear) -> None:
     service = Service({"NOTIFY_SOCKET": path_ear.address})
     before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-    service.notify_reloading()
-    _, at = path_ear.hear("RELOADING=1")
-    after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-    assert before <= int(at.removeprefix("MONOTONIC_USEC=")) <= after
-    service.notify_ready()
+    with service.reloading():
+        _, at = path_ear.hear("RELOADING=1")
+        after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        assert before <= int(at.removeprefix("MONOTONIC_USEC=")) <= after
     assert path_ear.hear("READY=1") == ["READY=1"]
+
+
+def test_sighup_reloads_between_two_words(tokens: Tokens, serve: Serve, path_ear: Ear) -> None:
+    gateway = serve(*LOOPBACK, NOTIFY_SOCKET=path_ear.address)
+    path_ear.hear("READY=1")
+    gateway.popen.send_signal(signal.SIGHUP)
+    path_ear.hear("RELOADING=1")
+    path_ear.hear("READY=1")
+    assert gateway.stop() == 0
 
 
 def test_a_notify_socket_that_is_gone_is_one_line(

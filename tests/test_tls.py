@@ -223,7 +223,7 @@ async def test_only_versions_from_the_configured_one_on_are_spoken(
     old, new = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
     async with running_gateway(accounts, **pair.settings) as gateway:
         assert [await speaks(gateway, version) for version in (old, new)] == [True, True]
-    async with running_gateway(accounts, **pair.settings, tls__minimum_version="1.3") as gateway:
+        await gateway.reload(tls__minimum_version="1.3")
         assert [await speaks(gateway, version) for version in (old, new)] == [False, True]
 
 
@@ -239,14 +239,14 @@ async def test_a_new_certificate_is_shown_to_new_connections_and_old_ones_stay(
             await status(old)
             pair.certificate.write_bytes(other.certificate.read_bytes())
             with pytest.raises(ConfigError, match="is not the key of"):
-                instance.tls.load(settings(accounts, **pair.settings))
+                await gateway.reload()
             with pytest.raises(ConfigError, match="cannot be read"):
-                instance.tls.load(settings(accounts, **{**pair.settings, "tls__key": "gone.key"}))
+                await gateway.reload(tls__key="gone.key")
             assert instance.tls.expires_at == pair.expires.timestamp()
             with pytest.raises(ssl.SSLCertVerificationError):
                 await asked(gateway.port, HEALTH, other.client())
             pair.key.write_bytes(other.key.read_bytes())
-            instance.tls.load(settings(accounts, **pair.settings))
+            await gateway.reload(tls__key=str(pair.key))
             assert b" 200 OK" in await asked(gateway.port, HEALTH, other.client())
             assert (await ask(old, {"type": "ping"}))["type"] == "pong"
             assert instance.metrics.tls_certificate_expires == other.expires.timestamp()

@@ -17,7 +17,7 @@ from wsgateway.auth import Authenticator, Identity
 from wsgateway.config import Config
 from wsgateway.connection import Connection, Phase
 from wsgateway.errors import Refused
-from wsgateway.gateway import Gateway, user_group
+from wsgateway.gateway import ALL, Gateway, user_group
 from wsgateway.handshake import Route, Visit
 from wsgateway.health import Health
 from wsgateway.limits import Departed
@@ -58,6 +58,21 @@ class Admission:
         self._mismatched: set[int] = set()
         self.draining = False
         """Whether nobody is let in any more."""
+
+    def configure(self, config: Config) -> None:
+        """Judge from now on by another configuration. Never waits.
+
+        Where the message window changed, every device begins a new one: those that are connected
+        would otherwise be cut for what they sent when it was allowed.
+        """
+        self._config = config
+        self._rules.message_characters = config.limits.message_characters
+        self._rules.handler_timeout = config.handlers.timeout
+        limits = config.limits
+        if self.departed.configure(limits.messages, limits.window, limits.remembered_windows):
+            for member in self._gateway.hub.members(ALL):
+                if isinstance(member, Connection) and member.session is not None:
+                    member.session.window = self.departed.new()
 
     async def decide(self, connection: Connection, visit: Visit, refusal: str | None) -> None:
         """Answer a handshake request; ``refusal`` is why there is no room for it, if so.

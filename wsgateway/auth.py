@@ -135,6 +135,11 @@ class Authenticator:
         self._cache: OrderedDict[str, tuple[float, Identity]] = OrderedDict()
         self._callers: dict[str, tuple[float, Caller]] = {}
 
+    def configure(self, config: config.Config) -> None:
+        """Answer from now on as another configuration says, and remember nothing from before."""
+        self._settings = config.auth
+        self.forget()
+
     @property
     def usable(self) -> bool:
         """Whether the database answers: without it nobody is admitted, and nobody is cut."""

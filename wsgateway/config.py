@@ -17,7 +17,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -645,6 +645,15 @@ class Key:
         return bool(self._extra.get("secret"))
 
     @property
+    def live(self) -> bool:
+        """Whether a reload applies it; else it takes a restart."""
+        return self.name in LIVE.get(self.section, "").split()
+
+    def value(self, config: Config) -> Any:
+        """What a configuration says for it."""
+        return getattr(getattr(config, self.section), self.name)
+
+    @property
     def _metas(self) -> list[Meta]:
         return [item for item in get_args(self.annotation)[1:] if isinstance(item, Meta)]
 
@@ -672,6 +681,53 @@ class Key:
         if most and min(most) not in (MOST, LONGEST, 1 << 40):
             text += f", at most {min(most)}"
         return text
+
+
+LIVE = {
+    "auth": "refuse origins require_origin strict_path_id lookup_timeout max_lookups cache_ttl "
+    "cache_size poll_interval",
+    "limits": "messages window message_characters message_bytes fragments control_frames "
+    "outbound_bytes outbound_stall fanout_bytes handshake_timeout handshake_bytes handshakes "
+    "handshake_lag handshake_wait loop_lag "
+    "connections descriptor_reserve connections_per_user connections_per_ip duplicate "
+    "remembered_windows",
+    "tls": "certificate key minimum_version",
+    "keepalive": "interval timeout close_timeout",
+    "handlers": "timeout max_pending",
+    "weather": "provider url api key jwt_key jwt_id jwt_project lang timeout call_timeout "
+    "connect_timeout cache_ttl cache_size concurrency breaker_failures breaker_pause",
+    "chat": "provider url key model system history_turns history_bytes max_tokens max_tokens_field "
+    "temperature stream timeout connect_timeout first_byte_timeout answer_bytes concurrency "
+    "concurrency_per_user identify_users prompt_price completion_price breaker_failures "
+    "breaker_pause",
+    "api": "keys body_bytes body_timeout requests connections receipt_timeout idempotency_keys",
+    "redis": "required subscribe_timeout",
+    "queue": "rejected",
+    "drain": "delay return_rate window grace",
+    "log": "level format",
+}
+"""The keys that a reload applies, by section. A key that is not named here takes a restart: whoever
+adds one here makes its parts take it in `configure`."""
+
+
+def changed(one: Config, other: Config) -> list[Key]:
+    """The keys that two configurations do not agree on, in the order of the file."""
+    return [key for key in keys().values() if key.value(one) != key.value(other)]
+
+
+def taking(config: Config, other: Config, names: Iterable[Key]) -> Config:
+    """A configuration with the values of another for some keys.
+
+    Raises:
+        ConfigError: the two cannot hold together so.
+
+    """
+    for key in names:
+        section = getattr(config, key.section)
+        section = msgspec.structs.replace(section, **{key.name: key.value(other)})
+        config = msgspec.structs.replace(config, **{key.section: section})
+    _check_combinations(config)
+    return config
 
 
 def keys() -> dict[str, Key]:
@@ -753,8 +809,8 @@ def render_toml(config: Config | None = None) -> str:
             kind = type(getattr(config, section))
             lines += ["", f"[{section}] # {(kind.__doc__ or '').splitlines()[0]}"]
         lines += _wrap(key.description, "# ")
-        value = render(key, getattr(getattr(config, section), key.name))
-        prefix = "# " if key.secret and not getattr(getattr(config, section), key.name) else ""
+        value = render(key, key.value(config))
+        prefix = "# " if key.secret and not key.value(config) else ""
         lines.append(f"{prefix}{key.name} = {value}")
     return "\n".join(lines) + "\n"
 
@@ -783,6 +839,9 @@ def render_reference() -> str:
         'Durations are written `"20s"`, `"1m30s"`, `"500ms"` or as seconds; sizes as bytes, `"64KiB"`',
         'or `"1MiB"`. A key marked *secret* can also be read from a file, with the key',
         '`<key>_file = "/path"` or, under systemd, `<key>_file = "credential:NAME"`.',
+        "",
+        "Where the column *reload* says yes, SIGHUP or `wsgateway reload` applies a change; the others",
+        "take a restart, as a reload says.",
     ]
     section = None
     for key in keys().values():
@@ -790,11 +849,14 @@ def render_reference() -> str:
             section = key.section
             kind = type(getattr(Config(), section))
             lines += ["", f"## [{section}]", "", (kind.__doc__ or "").splitlines()[0], "",
-                      "| key | default | what it is for | environment |", "|---|---|---|---|"]  # fmt: skip
+                      "| key | default | what it is for | reload | environment |",
+                      "|---|---|---|---|---|"]  # fmt: skip
         text = key.description + (" *Secret.*" if key.secret else "")
         if get_origin(key.type) is Literal and len(get_args(key.type)) > 1:
             text += f" Allowed: {key.allowed().removeprefix('one of ')}."
-        lines.append(f"| `{key.name}` | `{render(key, key.default)}` | {text} | `{key.variable}` |")
+        reload = "yes" if key.live else "restart"
+        default = render(key, key.default)
+        lines.append(f"| `{key.name}` | `{default}` | {text} | {reload} | `{key.variable}` |")
     return "\n".join(lines) + "\n"
 
 

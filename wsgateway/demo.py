@@ -37,20 +37,27 @@ async def prepare(config: Config) -> Demo:
         StoreError: the demo's database cannot be used.
 
     """
-    folder = config.state_dir()
-    database = folder / "demo.db"
+    folder, database = config.state_dir(), _database(config)
     files: dict[Scope, Path] = {"device": folder / "demo.token", "admin": folder / "demo.key"}
     wanted = {scope: _read_token(path) for scope, path in files.items()}
     tokens = await _prepare_database(database, wanted)
     for scope, path in files.items():
         _keep_token(path, tokens[scope])
-    loopback = msgspec.structs.replace(
+    return Demo(confined(config), tokens["device"], tokens["admin"])
+
+
+def confined(config: Config) -> Config:
+    """A configuration on loopback, with the demo's database."""
+    return msgspec.structs.replace(
         config,
         server=msgspec.structs.replace(config.server, host="127.0.0.1"),
         api=msgspec.structs.replace(config.api, host="127.0.0.1"),
-        auth=msgspec.structs.replace(config.auth, database=str(database)),
+        auth=msgspec.structs.replace(config.auth, database=str(_database(config))),
     )
-    return Demo(loopback, tokens["device"], tokens["admin"])
+
+
+def _database(config: Config) -> Path:
+    return config.state_dir() / "demo.db"
 
 
 async def _prepare_database(database: Path, tokens: dict[Scope, str]) -> dict[Scope, str]:

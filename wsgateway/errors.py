@@ -19,6 +19,8 @@ Only this module says which failures exist. It knows neither sockets nor loops.
 
 from __future__ import annotations
 
+import re
+
 EXIT_OK = 0
 EXIT_CRASH = 1
 EXIT_USAGE = 2
@@ -26,6 +28,15 @@ EXIT_RETRY = 3
 EXIT_INTERRUPTED = 130
 EXIT_CONFIG = 78
 """EX_CONFIG of sysexits.h: systemd must not restart a unit that ends with it."""
+
+
+_TOKEN = re.compile(r"wsg_[\w-]{20,}|[0-9a-f]{40,}")
+"""Looks like a token of ours or of another backend."""
+
+
+def without_tokens(text: str) -> str:
+    """Text that shows no token, wherever one was typed by mistake."""
+    return _TOKEN.sub("***", text)
 
 
 def one_line(text: str) -> str:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import Protocol
 
+from wsgateway.config import Config
 from wsgateway.hub import Hub
 from wsgateway.metrics import Metrics
 from wsgateway.wire import Framing
@@ -139,6 +140,10 @@ class Fanout:
         self._bytes = 0
         self._batches: deque[_Batch] = deque()
         self._scheduled = False
+
+    def configure(self, config: Config) -> None:
+        """Take another bound for what is posted from now on."""
+        self._max_bytes = config.limits.fanout_bytes
 
     def post(self, group: str, payload: bytes) -> Delivery:
         """Send a message to everybody who is in a group now. Never waits.

@@ -51,6 +51,7 @@ class Federation:
         self._name = name = config.server.instance
         self._epoch = epoch
         self._metrics = metrics
+        self._ingest: Ingest | None = None
         self._redis = Redis(config.redis, name, metrics)
         self._pipeline = Pipeline(self._redis, "publisher", config.redis.publish_bytes)
         self.mirror = Mirror(
@@ -74,6 +75,13 @@ class Federation:
         """'up', or what keeps the mirror from it: a `link.State`."""
         states = (self._metrics.redis_states[role] for role in ("publisher", "subscriber"))
         return next((state for state in states if state != "up"), "up")
+
+    def configure(self, config: Config) -> None:
+        """Take other bounds for what comes through Redis."""
+        self._config = config
+        self.mirror.max_message = config.limits.message_bytes
+        if self._ingest is not None:
+            self._ingest.configure(config)
 
     @contextlib.asynccontextmanager
     async def running(self, parts: Parts) -> AsyncIterator[Ingest | None]:
@@ -99,10 +107,9 @@ class Federation:
                 async with asyncio.timeout(self._config.redis.timeout):
                     await self.mirror.first_up.wait()
                     await asyncio.sleep(SETTLE_SECONDS)  # the others were asked to say hello
-            ingest = None
             if self._config.queue.enabled:
                 popper = Pipeline(self._redis, "queue", self._config.redis.publish_bytes)
-                ingest = Ingest(
+                self._ingest = ingest = Ingest(
                     self._config.queue,
                     self._pipeline,
                     popper,
@@ -116,4 +123,4 @@ class Federation:
                 )
                 await stack.enter_async_context(background.running(popper.run(), ingest.run()))
                 stack.push_async_callback(ingest.stop)
-            yield ingest
+            yield self._ingest

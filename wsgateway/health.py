@@ -33,6 +33,10 @@ class Health:
         self.leaving = False
         """Whether this instance is about to stop."""
 
+    def configure(self, config: Config) -> None:
+        """Go by other limits."""
+        self._config = config
+
     def note_lag(self, lag: float) -> None:
         """Note by how many seconds a tick came late."""
         self.lag = max(lag, self.lag * LAG_DECAY)

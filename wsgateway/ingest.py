@@ -90,6 +90,11 @@ class Ingest:
         self._stopping = False
         self._stopped = asyncio.Event()
 
+    def configure(self, config: config.Config) -> None:
+        """Take other bounds for the items to come."""
+        self._settings = config.queue
+        self._max_message = config.limits.message_bytes
+
     @property
     def holds_lease(self) -> bool:
         """Whether this instance is the one that takes items."""

@@ -87,6 +87,22 @@ class Departed:
         self._windows: OrderedDict[Hashable, tuple[float, Window]] = OrderedDict()
         self.forgotten = 0
 
+    def configure(self, limit: int, seconds: float, size: int) -> bool:
+        """Take other limits; whether windows changed, so that those who left get new ones as well.
+
+        A window cannot be judged by a rule that its messages were not sent under.
+        """
+        fresh = (limit, seconds) != (self._limit, self._seconds)
+        self._limit, self._seconds, self._size = limit, seconds, size
+        if fresh:
+            self._windows.clear()
+        self._trim()
+        return fresh
+
+    def new(self) -> Window:
+        """The window of a device that has sent nothing yet."""
+        return Window(self._limit, self._seconds)
+
     def leave(self, owner: Hashable, window: Window, now: float) -> None:
         """Remember the window of a device that goes, unless a fuller one is remembered."""
         self._expire(now)
@@ -98,15 +114,18 @@ class Departed:
             return
         self._windows[owner] = (now, window)
         self._windows.move_to_end(owner)
-        if len(self._windows) > self._size:
-            self._windows.popitem(last=False)
-            self.forgotten += 1
+        self._trim()
 
     def inherit(self, owner: Hashable, now: float) -> Window:
         """The window of a device that comes: a copy of what it left within one window, or new."""
         self._expire(now)
         known = self._windows.get(owner)
-        return known[1].copy() if known else Window(self._limit, self._seconds)
+        return known[1].copy() if known else self.new()
+
+    def _trim(self) -> None:
+        while len(self._windows) > self._size:
+            self._windows.popitem(last=False)
+            self.forgotten += 1
 
     def _expire(self, now: float) -> None:
         while self._windows:

@@ -24,7 +24,7 @@ from wsgateway.auth import Authenticator, Identity
 from wsgateway.config import Config
 from wsgateway.connection import Connection, Phase
 from wsgateway.deflate import Deflate
-from wsgateway.errors import StartError, StoreError
+from wsgateway.errors import StoreError
 from wsgateway.gate import Gate
 from wsgateway.gateway import Gateway
 from wsgateway.handshake import Route, Visit
@@ -102,6 +102,23 @@ class Listener:
         self._next_slot = 0
         self._allowed_silence = math.ceil(config.keepalive.timeout / config.keepalive.interval)
 
+    def configure(self, config: Config) -> None:
+        """Go by another configuration: deadlines that run stay, those of later steps are the new.
+
+        Who is connected beyond a new limit stays; it decides about those who come.
+        """
+        self._config = config
+        self.limits = config.limits
+        self.max_pending = config.handlers.max_pending
+        self._allowed_silence = math.ceil(config.keepalive.timeout / config.keepalive.interval)
+        slots = max(1, round(config.keepalive.interval / TICK))
+        if slots != len(self._wheel):
+            self._turn_into(slots)
+
+    def resize(self, max_connections: int) -> None:
+        """Let so many connections in, from now on."""
+        self._max_connections = max_connections
+
     @property
     def connections(self) -> int:
         """Connections that are open, in their handshake or closing."""
@@ -124,16 +141,14 @@ class Listener:
 
         """
         server = self._config.server
-        try:
-            listening = await sockets.listen(
-                server.host,
-                server.port,
-                server.backlog,
-                reuse_port=server.reuse_port,
-                passed=passed,
-            )
-        except StartError as error:
-            raise StartError(f"{error}: stop what uses it, or set server.port") from None
+        listening = await sockets.listen(
+            server.host,
+            server.port,
+            server.backlog,
+            "stop what uses it, or set server.port",
+            reuse_port=server.reuse_port,
+            passed=passed,
+        )
         self._acceptor = Acceptor(
             listening, partial(Connection, self), self._preamble, shared=passed is not None
         )
@@ -156,19 +171,21 @@ class Listener:
 
     def _make_preamble(self, tls: Tls | None) -> Preamble | None:
         """What comes before a request, if anything."""
-        server, limits = self._config.server, self.limits
+        server = self._config.server
         if tls is None and not server.proxy_protocol:
             return None
-        most = self._max_connections + limits.descriptor_reserve // 2
         return Preamble(
             tls=tls,
             proxies=self.proxies if server.proxy_protocol else None,
-            seconds=limits.handshake_timeout,
-            shutdown_seconds=self._config.keepalive.close_timeout,
-            most=limits.handshakes,
-            has_room=lambda entering: len(self._connections) + entering <= most,
+            bounds=lambda: (self.limits.handshake_timeout, self.limits.handshakes),
+            has_room=lambda entering: len(self._connections) + entering <= self._most,
             metrics=self.metrics,
         )
+
+    @property
+    def _most(self) -> int:
+        """Connections that are not cut at once; those beyond ``max_connections`` are answered."""
+        return self._max_connections + self.limits.descriptor_reserve // 2
 
     # The Door port.
 
@@ -179,7 +196,7 @@ class Listener:
         self._admission.enter(connection)
         self._handshakes[connection] = connection.opened_at + self.limits.handshake_timeout
         connection.wheel_slot = self.metrics.accepted % len(self._wheel)
-        if len(self._connections) > self._max_connections + self.limits.descriptor_reserve // 2:
+        if len(self._connections) > self._most:
             self.metrics.refused["descriptors"] += 1
             connection.abort("descriptors")
 
@@ -248,11 +265,11 @@ class Listener:
 
     async def _tick(self) -> None:
         """Look at what is due, for ever. A late tick makes up for the slots it missed."""
-        limits = self.limits
-        slot_seconds = self._config.keepalive.interval / len(self._wheel)
-        pause = min(TICK, slot_seconds)
-        next_slot_at = monotonic() + slot_seconds
+        next_slot_at = monotonic()
         while True:
+            limits = self.limits
+            slot_seconds = self._config.keepalive.interval / len(self._wheel)
+            pause = min(TICK, slot_seconds)
             due = monotonic() + pause
             await asyncio.sleep(pause)
             now = monotonic()
@@ -289,6 +306,16 @@ class Listener:
                 self._congested.discard(connection)
             elif connection.stalled(now, self.limits.outbound_stall):
                 connection.abort("stalled")
+
+    def _turn_into(self, slots: int) -> None:
+        """Spread everybody anew over a wheel of so many slots."""
+        pinged = set().union(*self._wheel)
+        self._wheel = [set() for _ in range(slots)]
+        self._next_slot %= slots
+        for number, connection in enumerate(self._connections):
+            connection.wheel_slot = number % slots
+            if connection in pinged:
+                self._wheel[connection.wheel_slot].add(connection)
 
     async def _visit_slot(self) -> None:
         slot = self._wheel[self._next_slot]

@@ -14,7 +14,7 @@ import queue
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from logging.handlers import QueueHandler, QueueListener
 
@@ -162,14 +162,20 @@ class _Writer(QueueListener):
     """Writes lines in its thread, joined while more are waiting: a write costs more than a line."""
 
     def __init__(
-        self, lines: queue.SimpleQueue[logging.LogRecord], formatter: logging.Formatter
+        self, lines: queue.SimpleQueue[logging.LogRecord], settings: Log, instance: str
     ) -> None:
         super().__init__(lines)
         self._lines = lines
-        self._formatter = formatter
+        self._instance = instance
+        self.configure(settings)
         self._joined: list[str] = []
         # Where standard error is closed, its number may belong to a socket by now.
         self._descriptor = sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY)
+
+    def configure(self, settings: Log) -> None:
+        """Write lines of another level, or so formatted, from the next one on."""
+        logging.getLogger().setLevel(settings.level.upper())
+        self._formatter = _formatter(settings, self._instance)
 
     def dequeue(self, block: bool) -> logging.LogRecord:
         if not self._lines.empty():
@@ -207,10 +213,10 @@ class _Writer(QueueListener):
 
 
 @contextlib.contextmanager
-def writing(settings: Log, metrics: Metrics, instance: str = "") -> Iterator[None]:
+def writing(settings: Log, metrics: Metrics, instance: str = "") -> Iterator[Callable[[Log], None]]:
     """Write the log to standard error until leaving; then write what still waits.
 
-    Every line has the name of the ``instance``.
+    Every line has the name of the ``instance``. What is yielded takes other settings.
     """
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     entrance = _BoundedQueueHandler(lines, metrics)
@@ -220,13 +226,12 @@ def writing(settings: Log, metrics: Metrics, instance: str = "") -> Iterator[Non
     logging._srcfile = None
     root = logging.getLogger()
     root.handlers = [entrance]
-    root.setLevel(settings.level.upper())
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
-    writer = _Writer(lines, _formatter(settings, instance))
+    writer = _Writer(lines, settings, instance)
     writer.start()
     try:
-        yield
+        yield writer.configure
     finally:
         root.handlers = []
         writer.stop()

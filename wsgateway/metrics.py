@@ -122,6 +122,11 @@ class Metrics:
     api_busy: int = 0
     """Requests to the HTTP API refused because too many were under way."""
 
+    reloads: Counter[str] = field(default_factory=Counter)
+    """Reloads of the configuration, by result: applied, refused."""
+    reloaded_at: float = 0.0
+    """When the last reload was applied, in seconds since 1970; 0 before the first."""
+
 
 class Rates:
     """How many a second lately, from two looks at the counters some seconds apart."""

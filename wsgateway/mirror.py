@@ -87,7 +87,8 @@ class Mirror:
         self._name = name
         self._epoch = epoch
         self._prefix = prefix
-        self._max_message = max_message
+        self.max_message = max_message
+        """Bytes of the longest message of another instance that is passed on."""
         self._metrics = metrics
         self._sent = Sent(epoch)
         self._received = Received()
@@ -232,7 +233,7 @@ class Mirror:
             self._read_node(data)
             return
         try:
-            found = envelope.read(data, self._max_message)
+            found = envelope.read(data, self.max_message)
         except BadEnvelope as error:
             self._metrics.mirror_rejected[str(error)] += 1
             return

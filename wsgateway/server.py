@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
 import re
 import resource
 import secrets
-import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from wsgateway import __version__, background, handlers, logs, providers
+from wsgateway import __version__, background, dump, handlers, logs, providers
 from wsgateway.accounts import Accounts
 from wsgateway.admission import Admission
 from wsgateway.auth import Authenticator
 from wsgateway.cluster import Cluster
-from wsgateway.config import Config
+from wsgateway.config import Config, Loaded
 from wsgateway.control import Control
 from wsgateway.errors import ConfigError
 from wsgateway.fanout import Fanout, Member
@@ -36,10 +36,12 @@ from wsgateway.health import Health
 from wsgateway.hub import Hub
 from wsgateway.listener import Listener
 from wsgateway.metrics import Metrics
-from wsgateway.providers import Services
+from wsgateway.providers.changeover import Changeover
+from wsgateway.reload import Apply, Configure, Reloader
 from wsgateway.roster import Roster
 from wsgateway.sends import Sends
 from wsgateway.session import Rules
+from wsgateway.signals import Signals
 from wsgateway.systemd import Service
 from wsgateway.tls import Tls
 
@@ -58,6 +60,7 @@ class Instance:
     """The parts of one instance, complete and not yet running."""
 
     gateway: Gateway
+    fanout: Fanout
     listener: Listener
     admission: Admission
     health: Health
@@ -67,7 +70,7 @@ class Instance:
     sends: Sends
     roster: Roster
     control: Control
-    services: Services
+    changeover: Changeover
     federation: Federation | None
     tls: Tls | None
     metrics: Metrics
@@ -80,6 +83,7 @@ class Running:
     addresses: list[tuple[str, int]]
     api_address: tuple[str, int] | None
     instance: Instance
+    reloader: Reloader
 
 
 async def serve(
@@ -89,11 +93,15 @@ async def serve(
     ready: Callable[[Running], None] = lambda _: None,
     metrics: Metrics | None = None,
     service: Service | None = None,
+    read: Callable[[], Loaded] | None = None,
+    outer: Iterable[Configure] = (),
 ) -> None:
     """Run one instance until ``stop`` is set; return when every connection is gone.
 
     ``ready`` is called once devices can connect. Cancelling cuts every connection at once.
     ``service`` hears how things are, and may have brought sockets.
+
+    A reload takes what ``read`` returns, where that is given, and gives it to ``outer`` as well.
 
     Raises:
         GatewayError: it cannot start; one line says why.
@@ -105,16 +113,25 @@ async def serve(
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
         await enter(background.running(_report(service, instance)))
-        await enter(instance.services.running())
+        await enter(instance.changeover.running(instance.listener.services.running))
         await enter(instance.authenticator.running(instance.listener.recheck_tokens))
         queue = await enter(instance.federation.running(instance)) if instance.federation else None
-        api_address = await enter(_open_api(config, instance, queue, service))
+        reloader = Reloader(
+            config,
+            read or (lambda: Loaded(config, {}, None, ())),
+            instance.metrics,
+            service.reloading,
+        )
+        make_reloadable(reloader, instance, outer)
+        api_address = await enter(_open_api(config, instance, queue, reloader, service))
         addresses = await enter(instance.listener.open(service.sockets.get("ws")))
+        await enter(reloader.open())
         log.info("wsgateway %s ready %s", __version__, _banner(config, addresses, api_address))
-        ready(Running(addresses, api_address, instance))
+        ready(Running(addresses, api_address, instance, reloader))
         service.notify_ready()
         await stop.wait()
-        service.notify_stopping(config.drain.delay + config.drain.window + STOP_SECONDS)
+        drain = reloader.running.drain
+        service.notify_stopping(drain.delay + drain.window + STOP_SECONDS)
     log.info("stopped")
 
 
@@ -130,23 +147,24 @@ def build(config: Config, metrics: Metrics) -> Instance:
     federation = _federation(config, metrics)
     mirror = federation.mirror if federation else None
     hub: Hub[Member] = Hub()
-    gateway = Gateway(hub, Fanout(hub, metrics, config.limits.fanout_bytes), mirror, metrics)
+    fanout = Fanout(hub, metrics, config.limits.fanout_bytes)
+    gateway = Gateway(hub, fanout, mirror, metrics)
     authenticator = Authenticator(config.auth, database, metrics)
     health = Health(config, authenticator, gateway)
     admission = Admission(config, authenticator, gateway, rules, health, metrics)
     cluster = Cluster(name, mirror, metrics)
     roster = Roster(hub, name)
     accounts = Accounts(database, authenticator)
-    services = providers.build(config, metrics)
     tls = Tls(config, metrics) if config.server.tls or config.api.tls else None
     return Instance(
         gateway=gateway,
+        fanout=fanout,
         listener=Listener(
             config,
             admission,
             authenticator,
             gateway,
-            services,
+            providers.build(config, metrics),
             health,
             metrics,
             connection_limit(config),
@@ -160,11 +178,45 @@ def build(config: Config, metrics: Metrics) -> Instance:
         sends=Sends(gateway, cluster, mirror, metrics),
         roster=roster,
         control=Control(cluster, roster, accounts),
-        services=services,
+        changeover=Changeover(),
         federation=federation,
         tls=tls,
         metrics=metrics,
     )
+
+
+def make_reloadable(reloader: Reloader, instance: Instance, outer: Iterable[Configure]) -> None:
+    """Say what a reload changes: every part that keeps something of the configuration is here."""
+    listener = instance.listener
+
+    def prepare_limit(_: Config, wanted: Config) -> Apply:
+        most = connection_limit(wanted)
+
+        async def apply() -> None:
+            listener.resize(most)
+
+        return apply
+
+    def prepare_services(running: Config, wanted: Config) -> Apply | None:
+        if (running.weather, running.chat) == (wanted.weather, wanted.chat):
+            return None
+        services = providers.build(wanted, instance.metrics)
+
+        async def apply() -> None:
+            longest = max(running.handlers.timeout, wanted.handlers.timeout)
+            await instance.changeover.change(services.running, longest)
+            listener.services = services
+
+        return apply
+
+    certificates = [instance.tls.prepare] if instance.tls else []
+    reloader.prepares += [prepare_limit, prepare_services, *certificates]
+    parts = (
+        instance.admission, instance.authenticator, instance.health, listener, instance.fanout
+    )  # fmt: skip
+    reloader.parts += [*outer, *(part.configure for part in parts)]
+    if instance.federation is not None:
+        reloader.parts.append(instance.federation.configure)
 
 
 def named(config: Config) -> Config:
@@ -186,7 +238,7 @@ def _federation(config: Config, metrics: Metrics) -> Federation | None:
 
 @contextlib.asynccontextmanager
 async def _open_api(
-    config: Config, instance: Instance, queue: Ingest | None, service: Service
+    config: Config, instance: Instance, queue: Ingest | None, reloader: Reloader, service: Service
 ) -> AsyncIterator[tuple[str, int] | None]:
     passed = service.sockets.get("http")
     if not config.api.enabled:
@@ -197,38 +249,60 @@ async def _open_api(
     from wsgateway.api.context import Api  # aiohttp is imported only where it is used
     from wsgateway.api.listener import Listener as ApiListener
 
-    api = Api.of(config, instance, queue)
-    listener = ApiListener(
-        config.api,
-        api,
-        instance.authenticator,
-        instance.tls if config.api.tls else None,
-        instance.listener.proxies,
-    )
+    api = Api.of(config, instance, queue, reloader.reload)
+    tls, proxies = instance.tls, instance.listener.proxies
+    listener = ApiListener(config.api, api, instance.authenticator, tls, proxies)
+    reloader.parts += [api.configure, listener.configure]
     async with listener.open(passed) as address:
         yield address
 
 
-def run(config: Config, ready: Callable[[Running], None] = lambda _: None) -> None:
-    """Run one instance until SIGTERM or SIGINT; a second signal ends it at once.
+def run(
+    config: Config,
+    signals: Signals,
+    read: Callable[[], Loaded],
+    ready: Callable[[Running], None] = lambda _: None,
+) -> None:
+    """Run one instance until a signal stops it.
 
-    ``ready`` is called once devices can connect.
+    ``read`` reads the configuration again for a reload; ``ready`` is called once devices can
+    connect.
 
     Raises:
         GatewayError: it cannot start; one line says why.
 
     """
-    config, metrics = named(config), Metrics()
+    nameless, metrics = config, Metrics()
     service = Service(os.environ)
+    config = named(config)
+
+    def read_again() -> Loaded:
+        loaded = read()
+        server = loaded.config.server
+        if server.instance == nameless.server.instance:  # "" stands for the name that was made up
+            server = msgspec.structs.replace(server, instance=config.server.instance)
+        same = msgspec.structs.replace(loaded.config, server=server)
+        return dataclasses.replace(loaded, config=same)
+
     with (
-        logs.writing(config.log, metrics, config.server.instance),
+        logs.writing(config.log, metrics, config.server.instance) as configure_log,
         asyncio.Runner(loop_factory=_loop_factory(config)) as runner,
     ):
         # Garbage of a connection is freed by reference count; rarer collections of the long-lived
         # rest cost fewer pauses (worst round trip 7.6 -> 2.6 ms with 100 connections).
         gc.set_threshold(50_000, 20, 100)
         gc.freeze()
-        runner.run(_serve_until_signal(config, metrics, ready, service))
+        runner.run(
+            _serve_until_signal(
+                config,
+                signals,
+                ready,
+                metrics=metrics,
+                service=service,
+                read=read_again,
+                outer=[lambda config: configure_log(config.log)],
+            )
+        )
 
 
 def connection_limit(config: Config) -> int:
@@ -258,10 +332,9 @@ def connection_limit(config: Config) -> int:
 
 
 async def _serve_until_signal(
-    config: Config, metrics: Metrics, ready: Callable[[Running], None], service: Service
+    config: Config, signals: Signals, ready: Callable[[Running], None], **options: Any
 ) -> None:
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
     serving = asyncio.current_task()
     assert serving is not None
 
@@ -270,10 +343,17 @@ async def _serve_until_signal(
             serving.cancel()
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+    def on_ready(running: Running) -> None:
+        instance = running.instance
+        signals.answer_with(
+            running.reloader.wish,
+            lambda: dump.write(instance.metrics, instance.roster.counts()),
+        )
+        ready(running)
+
+    signals.stop_with(on_signal)
     try:
-        await serve(config, stop, ready=ready, metrics=metrics, service=service)
+        await serve(config, stop, ready=on_ready, **options)
     except asyncio.CancelledError:
         if not stop.is_set():
             raise

@@ -40,9 +40,9 @@ Action = bytes | Wait | Stop | None
 """What to do about a message: send an answer, run a task, end the connection, or nothing."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Rules:
-    """What every session of an instance shares."""
+    """What every session of an instance shares; a reload changes it for all of them."""
 
     handlers: Mapping[str, Handler]
     message_characters: int

@@ -32,6 +32,9 @@ ACCEPTS_PER_TURN = 64
 FULL_SECONDS = 0.1
 """Pause after the system had no descriptor or memory for a connection."""
 
+SHUTDOWN_SECONDS = 2.0
+"""How long a peer may take to answer the end of TLS; nothing depends on its answer."""
+
 MOST_WAITING = 65_536
 """Connections taken out of a queue at the end: more than the kernel lets wait."""
 
@@ -44,6 +47,7 @@ async def listen(
     host: str,
     port: int,
     backlog: int,
+    remedy: str,
     *,
     reuse_port: bool = False,
     passed: socket.socket | None = None,
@@ -51,7 +55,7 @@ async def listen(
     """Listen on every address of a host, or on a socket that was passed in.
 
     Raises:
-        StartError: ``cannot listen on <host>:<port>: <why>``.
+        StartError: ``cannot listen on <host>:<port>: <why>: <remedy>``.
 
     """
     if passed is not None:
@@ -66,7 +70,7 @@ async def listen(
     except (OSError, UnicodeError) as error:
         for each in bound:
             each.close()
-        raise StartError(f"cannot listen on {host}:{port}: {_why(error)}") from None
+        raise StartError(f"cannot listen on {host}:{port}: {_why(error)}: {remedy}") from None
     return bound
 
 
@@ -108,15 +112,14 @@ def _why(error: OSError | UnicodeError) -> str:
 class Preamble:
     """What comes before a connection's first byte counts: a PROXY header, TLS, or both.
 
-    ``seconds`` bounds all of it, ``most`` how many are in it at a time: the others wait in the
-    kernel's queue. ``has_room`` says whether that many may be here besides those already let in.
+    ``bounds`` are the seconds that all of it may take, and how many connections may be in it: the
+    others wait in the kernel's queue. They are asked for at each connection, as a reload may change
+    them. ``has_room`` says whether that many may be here besides those already let in.
     """
 
     tls: Tls | None
     proxies: proxy.Networks | None
-    seconds: float
-    shutdown_seconds: float
-    most: int
+    bounds: Callable[[], tuple[float, int]]
     has_room: Callable[[int], bool]
     metrics: Metrics
 
@@ -203,14 +206,14 @@ class Acceptor:
     def _accept(self, listening: socket.socket, preamble: Preamble) -> None:
         complete = False
         with _told():
-            room = preamble.most - len(self._entering)
+            room = preamble.bounds()[1] - len(self._entering)
             for accepted, peer in _accepted(listening, min(room, ACCEPTS_PER_TURN)):
                 self._admit(accepted, peer)
             complete = True
         if not complete:
             self._pause()
             asyncio.get_running_loop().call_later(FULL_SECONDS, self._resume)
-        if len(self._entering) >= preamble.most:
+        if len(self._entering) >= preamble.bounds()[1]:
             self._pause()
 
     def _pause(self) -> None:
@@ -220,7 +223,7 @@ class Acceptor:
 
     def _resume(self) -> None:
         preamble = self._preamble
-        if self._paused and preamble is not None and len(self._entering) < preamble.most:
+        if self._paused and preamble is not None and len(self._entering) < preamble.bounds()[1]:
             self._paused = False
             for each in self._listening:
                 asyncio.get_running_loop().add_reader(each, self._accept, each, preamble)
@@ -252,7 +255,7 @@ class Acceptor:
         if address is None:
             accepted.close()
             return
-        deadline = accepted_at + preamble.seconds
+        deadline = accepted_at + preamble.bounds()[0]
         try:
             await loop.connect_accepted_socket(
                 lambda: self._factory(address, accepted_at),
@@ -281,7 +284,7 @@ def _tls_options(preamble: Preamble, deadline: float) -> dict[str, Any]:
     return {
         "ssl": preamble.tls.context,
         "ssl_handshake_timeout": max(0.001, deadline - monotonic()),
-        "ssl_shutdown_timeout": preamble.shutdown_seconds,
+        "ssl_shutdown_timeout": SHUTDOWN_SECONDS,
     }
 
 
@@ -318,7 +321,7 @@ async def _told_address(accepted: socket.socket, peer: str, preamble: Preamble) 
     reason = "proxy_stranger"
     if preamble.proxies.trusts(peer):
         try:
-            async with asyncio.timeout(preamble.seconds):
+            async with asyncio.timeout(preamble.bounds()[0]):
                 return (await _read_header(accepted)).address
         except TimeoutError:
             reason = "handshake_timeout"

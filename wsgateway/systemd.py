@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Final
 
 from wsgateway.errors import ConfigError
@@ -66,16 +66,21 @@ class Service:
         self._is_heard = True
 
     def notify_ready(self) -> None:
-        """Say that the service serves, after its start or a reload."""
+        """Say that the service serves."""
         self._enter("serving", "READY=1\n")
 
-    def notify_reloading(self) -> None:
-        """Say that a reload begins; `notify_ready` says that it is over, whatever became of it.
+    @contextlib.contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Say that a reload is under way, and when it is over, whatever became of it.
 
         The time makes it fit for Type=notify-reload, which systemd has from 253 on.
         """
         now = time.monotonic_ns() // 1000
         self._enter("reloading", f"RELOADING=1\nMONOTONIC_USEC={now}\n")
+        try:
+            yield
+        finally:
+            self.notify_ready()
 
     def notify_stopping(self, seconds: float) -> None:
         """Say that the service leaves its clients, and how long that may take.

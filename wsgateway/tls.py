@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import ssl
 import time
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from wsgateway.config import Config
 from wsgateway.errors import ConfigError
@@ -26,42 +28,68 @@ _FIELDS_BEFORE_VALIDITY = 3
 """Serial number, signature and issuer (RFC 5280, section 4.1)."""
 
 
+class Shown(NamedTuple):
+    """A context with a certificate, and when that expires, in seconds since 1970."""
+
+    context: ssl.SSLContext
+    expires_at: float
+
+
 class Tls:
     """What new connections are encrypted with. It can be replaced while they come in."""
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
-        """Raises ConfigError, as `load`."""
+        """Raises ConfigError, as `prepare`."""
         self._metrics = metrics
-        self.load(config)
+        self._use(_read(config))
 
-    def load(self, config: Config) -> None:
-        """Read certificate and key, and use them for every connection from now on.
+    @property
+    def context(self) -> ssl.SSLContext:
+        """The context for new connections."""
+        return self._shown.context
 
-        A certificate that has expired is used all the same, with a warning: some devices do not
-        look, and the others are told what is wrong.
+    @property
+    def expires_at(self) -> float:
+        """When the certificate expires, in seconds since 1970."""
+        return self._shown.expires_at
+
+    def prepare(self, _: Config, wanted: Config) -> Callable[[], Awaitable[None]]:
+        """Read certificate and key, also where their names are the same; what then uses them.
+
+        May be called in a thread. A certificate that has expired is used all the same, with a
+        warning: some devices do not look, and the others are told what is wrong.
 
         Raises:
-            ConfigError: one line with the file and the reason; what was in use stays in use.
+            ConfigError: one line with the file and the reason.
 
         """
-        certificate, key = config.tls_files()
-        # A context of its own, and not the one in use: a pair that does not match breaks it.
-        context = _context(certificate, key)
-        context.minimum_version = VERSIONS[config.tls.minimum_version]
-        expires = expires_at(certificate)
-        self.context = context
-        """The context for new connections."""
-        self.expires_at = expires
-        """When the certificate expires, in seconds since 1970."""
-        self._metrics.tls_certificate_expires = expires
-        if self.expires_at <= time.time():
-            day = datetime.fromtimestamp(self.expires_at, UTC).date()
-            log.warning(
-                "tls.certificate = %s expired on %s: clients that look will not connect; renew it",
-                certificate, day,
-            )  # fmt: skip
-        if key.stat().st_mode & 0o004:
-            log.warning("%s holds a private key and everybody may read it: chmod 600 %s", key, key)
+        shown = _read(wanted)
+
+        async def use() -> None:
+            self._use(shown)
+
+        return use
+
+    def _use(self, shown: Shown) -> None:
+        self._shown = shown
+        self._metrics.tls_certificate_expires = shown.expires_at
+
+
+def _read(config: Config) -> Shown:
+    certificate, key = config.tls_files()
+    # A context of its own, and not the one in use: a pair that does not match breaks it.
+    context = _context(certificate, key)
+    context.minimum_version = VERSIONS[config.tls.minimum_version]
+    expires = expires_at(certificate)
+    if expires <= time.time():
+        day = datetime.fromtimestamp(expires, UTC).date()
+        log.warning(
+            "tls.certificate = %s expired on %s: clients that look will not connect; renew it",
+            certificate, day,
+        )  # fmt: skip
+    if key.stat().st_mode & 0o004:
+        log.warning("%s holds a private key and everybody may read it: chmod 600 %s", key, key)
+    return Shown(context, expires)
 
 
 def _context(certificate: Path, key: Path) -> ssl.SSLContext:

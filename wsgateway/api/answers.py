@@ -159,6 +159,13 @@ class Cleared(msgspec.Struct, frozen=True):
     cleared: int
 
 
+class Reloaded(msgspec.Struct, frozen=True):
+    """The keys that changed: those that are in use now, and those that need a restart."""
+
+    applied: list[str]
+    restart: list[str]
+
+
 class Stats(msgspec.Struct, frozen=True):
     """The gateway at one look: of this instance, and the counts of each instance.
 

@@ -5,7 +5,7 @@ Only this module lists it; nothing here knows HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from wsgateway.control import Control
 from wsgateway.gateway import Gateway
 from wsgateway.health import Health
 from wsgateway.metrics import Metrics, Rates
+from wsgateway.reload import Changes
 from wsgateway.sends import Sends
 from wsgateway.timings import Timings
 
@@ -65,11 +66,19 @@ class Api:
     """Whether a group has a member on this instance."""
     readiness: Callable[[], dict[str, Any]]
     """Whether devices can come in now, as /readyz says."""
+    reload: Callable[[], Awaitable[Changes]]
+    """Reads the configuration again; raises ConfigError, or Conflict while starting or stopping."""
     rates: Rates
     timings: Timings
 
     @classmethod
-    def of(cls, config: Config, parts: Parts, queue: Queue | None) -> Api:
+    def of(
+        cls,
+        config: Config,
+        parts: Parts,
+        queue: Queue | None,
+        reload: Callable[[], Awaitable[Changes]],
+    ) -> Api:
         """What calls to one instance work with."""
         hub = parts.gateway.hub
         return cls(
@@ -84,6 +93,13 @@ class Api:
             receipt_timeout=config.api.receipt_timeout,
             is_here=lambda group: bool(hub.members(group)),
             readiness=parts.health.readiness,
+            reload=reload,
             rates=Rates(parts.metrics),
             timings=Timings(),
         )
+
+    def configure(self, config: Config) -> None:
+        """Take other bounds for the calls to come."""
+        self.max_message = config.limits.message_bytes
+        self.receipt_timeout = config.api.receipt_timeout
+        self.idempotency.size = config.api.idempotency_keys

@@ -51,6 +51,7 @@ LABELS = {
     "mirror_rejected": "reason",
     "queue_items": "fate",
     "api_requests": "status",
+    "reloads": "result",
 }
 """The label of each counter that has one, or its labels in the order of its keys' parts."""
 

@@ -29,7 +29,7 @@ class Idempotency:
     """The keys of the last 5 minutes, at most ``size``; the oldest is forgotten first."""
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self.size = size
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
 
     async def once(self, key: str, fingerprint: str, send: Callable[[], Awaitable[Any]]) -> Any:
@@ -62,6 +62,6 @@ class Idempotency:
     def _expire(self, now: float) -> None:
         while self._entries:
             key, entry = next(iter(self._entries.items()))
-            if entry.at + SECONDS > now and len(self._entries) < self._size:
+            if entry.at + SECONDS > now and len(self._entries) < self.size:
                 return
             del self._entries[key]

@@ -24,12 +24,13 @@ import orjson
 from aiohttp import web
 
 from wsgateway import background, config, sockets
-from wsgateway.api import documents, messages, parameters, people, problems, queue, status, tokens
+from wsgateway.api import documents, messages, people, problems, queue, status, tokens
 from wsgateway.api.context import Api
 from wsgateway.api.problems import Problem
+from wsgateway.api.requests import convert, read_idempotency_key, read_path, read_query
 from wsgateway.api.routes import ROUTES, Answer, Call, Route
 from wsgateway.auth import Authenticator, Caller
-from wsgateway.errors import Conflict, NotFound, Refused, StartError, StoreError
+from wsgateway.errors import Conflict, NotFound, Refused, StoreError
 from wsgateway.proxy import Networks
 from wsgateway.sockets import Acceptor, Preamble
 from wsgateway.tls import Tls
@@ -68,17 +69,24 @@ class Listener:
         tls: Tls | None,
         proxies: Networks | None,
     ) -> None:
-        self._settings = settings
-        self._tls = tls
+        self._tls = tls if settings.tls else None
         self._proxies = proxies
         self._api = api
         self._authenticator = authenticator
+        self._under_way = 0
+        self._headers = {**JSON_HEADERS, INSTANCE_HEADER: api.cluster.name}
+        self._take(settings)
+
+    def configure(self, config: config.Config) -> None:
+        """Answer from now on as another configuration says; who calls is found out anew each time."""
+        self._take(config.api)
+
+    def _take(self, settings: config.Api) -> None:
+        self._settings = settings
         self._keys = {
             key.sha256: Caller(key.name, key.scope, f"key {key.name}") for key in settings.keys
         }
         self.body_timeout = settings.body_timeout
-        self._under_way = 0
-        self._headers = {**JSON_HEADERS, INSTANCE_HEADER: api.cluster.name}
 
     @contextlib.asynccontextmanager
     async def open(self, passed: socket.socket | None = None) -> AsyncIterator[tuple[str, int]]:
@@ -92,7 +100,7 @@ class Listener:
         """
         settings = self._settings
         host = passed.getsockname()[0] if passed else settings.host
-        app = web.Application(client_max_size=settings.body_bytes)
+        app = web.Application(client_max_size=0)  # no limit: `_body` looks at the length before
         for route in ROUTES:
             app.router.add_route(
                 route.method, route.path, self._handler(route), expect_handler=self._expect
@@ -107,14 +115,13 @@ class Listener:
         )
         await runner.setup()
         try:
-            try:
-                listening = await sockets.listen(
-                    settings.host, settings.port, settings.connections, passed=passed
-                )
-            except StartError as error:
-                raise StartError(
-                    f"{error}: for the HTTP API set api.port, or api.enabled = false"
-                ) from None
+            listening = await sockets.listen(
+                settings.host,
+                settings.port,
+                settings.connections,
+                "for the HTTP API set api.port, or api.enabled = false",
+                passed=passed,
+            )
             assert runner.server is not None
             acceptor = Acceptor(
                 listening,
@@ -140,10 +147,10 @@ class Listener:
         return Preamble(
             tls=self._tls,
             proxies=self._proxies if settings.proxy_protocol else None,
-            seconds=settings.body_timeout,
-            shutdown_seconds=STOP_SECONDS,
-            most=settings.connections,
-            has_room=lambda entering: len(server.connections) + entering <= settings.connections,
+            bounds=lambda: (self._settings.body_timeout, self._settings.connections),
+            has_room=lambda entering: (
+                len(server.connections) + entering <= self._settings.connections
+            ),
             metrics=self._api.metrics,
         )
 
@@ -176,10 +183,10 @@ class Listener:
                 caller = await self._caller(request, route)
                 call = Call(
                     caller,
-                    parameters.path(request, route),
-                    parameters.query(request, route),
+                    read_path(request, route),
+                    read_query(request, route),
                     await self._body(request, route),
-                    parameters.idempotency_key(request),
+                    read_idempotency_key(request),
                 )
                 answer = await route.function(self._api, call)
             except NotFound as error:
@@ -265,7 +272,7 @@ class Listener:
             document = orjson.loads(raw or b"{}")
         except orjson.JSONDecodeError:
             raise problems.malformed("the body is no JSON") from None
-        return parameters.convert(document, route.body, strict=True)
+        return convert(document, route.body, strict=True)
 
     @web.middleware
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -69,6 +69,10 @@ def conflict(reason: str) -> Problem:
     return Problem(HTTPStatus.CONFLICT, "conflict", reason)
 
 
+def unusable(reason: str) -> Problem:
+    return Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "configuration", reason)
+
+
 def too_large(reason: str) -> Problem:
     return Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large", reason)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from wsgateway import __version__
-from wsgateway.api import answers
+from wsgateway.api import answers, problems
 from wsgateway.api.context import Api
 from wsgateway.api.routes import Call, NoQuery, route
+from wsgateway.errors import ConfigError
 
 
 @route("GET", "/api/stats", answer=answers.Stats)
@@ -25,3 +26,13 @@ async def stats(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:  # noqa:
         "redis": dict(api.metrics.redis_states),
         "instances": counts,
     }
+
+
+@route("POST", "/api/reload", answer=answers.Reloaded, scope="admin", errors=(409, 422))
+async def reload(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:  # noqa: ARG001
+    """Read the configuration again and put it in use, on this instance; 422 says why not."""
+    try:
+        changes = await api.reload()
+    except ConfigError as error:
+        raise problems.unusable(str(error)) from None
+    return changes._asdict()

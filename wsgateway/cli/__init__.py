@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import re
 import sys
 from typing import NoReturn
 
@@ -23,10 +22,8 @@ from wsgateway.errors import (
     EXIT_USAGE,
     GatewayError,
     one_line,
+    without_tokens,
 )
-
-_TOKEN = re.compile(r"wsg_[\w-]{20,}|[0-9a-f]{40,}")
-"""Looks like a token of ours or of another backend."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +68,7 @@ def _complain(text: str) -> None:
 
 def masked(text: str) -> str:
     """One line in which nothing is left that looks like a token."""
-    return _TOKEN.sub("***", one_line(text))
+    return without_tokens(one_line(text))
 
 
 def _drop_output() -> None:
@@ -102,6 +99,7 @@ def build_parser() -> Parser:
     _add_queue(commands)
     _add_doctor(commands)
     _add_service(commands)
+    _add_reload(commands)
     return parser
 
 
@@ -280,6 +278,10 @@ def _add_service(commands: argparse._SubParsersAction[Parser]) -> None:
         parser.add_argument("--root", default="/", metavar="DIR", help="below this folder")
         parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
         parser.add_argument("--force", action="store_true", help="also files that were changed")
+
+
+def _add_reload(commands: argparse._SubParsersAction[Parser]) -> None:
+    _remote(commands, "reload", "reload", "have a running gateway read its configuration again")
 
 
 def _remote(

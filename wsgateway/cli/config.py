@@ -22,7 +22,7 @@ def show(arguments: argparse.Namespace) -> None:
     loaded = settings.load(arguments)
     rows = {}
     for path, key in config.keys().items():
-        value = getattr(getattr(loaded.config, key.section), key.name)
+        value = key.value(loaded.config)
         shown = '"***"' if key.secret and value else config.render(key, value)
         rows[path] = {"value": shown, "origin": loaded.origins[path], "environment": key.variable}
     if arguments.json:

@@ -128,6 +128,15 @@ def queue_clear(arguments: argparse.Namespace) -> None:
     output.tell(arguments, answer, answer["cleared"], text)
 
 
+def reload(arguments: argparse.Namespace) -> None:
+    """Have the gateway read its configuration again, as SIGHUP does."""
+    changes = _call(arguments, "POST", "/api/reload")["data"]
+    text = f"applied: {', '.join(changes['applied']) or 'nothing changed'}"
+    if changes["restart"]:
+        text += f"\nneeds a restart: {', '.join(changes['restart'])}"
+    output.tell(arguments, changes, len(changes["applied"]), text)
+
+
 def _message(arguments: argparse.Namespace) -> Any:
     """The message of a command: JSON where it is JSON, else text."""
     if arguments.file:

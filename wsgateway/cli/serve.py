@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import sys
 
 from wsgateway import demo, server
 from wsgateway.cli import settings
+from wsgateway.config import Loaded
+from wsgateway.signals import Signals
 
 
 def serve(arguments: argparse.Namespace) -> None:
     """Run the gateway until a signal."""
+    signals = Signals()
     loaded = settings.load(arguments)
     if arguments.check:
         settings.check(loaded)
         return
+
+    def read() -> Loaded:
+        # The same file as before: that one must not vanish and another take its place.
+        return settings.read(arguments, loaded.file)
+
     if not arguments.demo:
-        server.run(loaded.config)
+        server.run(loaded.config, signals, read)
         return
     made = asyncio.run(demo.prepare(loaded.config))
 
@@ -26,7 +35,11 @@ def serve(arguments: argparse.Namespace) -> None:
             print("--demo has a loopback address and a database of its own.", file=sys.stderr)
         _say_what_next(running, made)
 
-    server.run(made.config, ready=ready)
+    def read_demo() -> Loaded:
+        again = read()
+        return dataclasses.replace(again, config=demo.confined(again.config))
+
+    server.run(made.config, signals, read_demo, ready)
 
 
 def _say_what_next(running: server.Running, made: demo.Demo) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from wsgateway import config, handlers, providers
 from wsgateway.cli import SERVE_FLAGS
@@ -14,6 +15,14 @@ from wsgateway.tls import Tls
 
 def load(arguments: argparse.Namespace) -> config.Loaded:
     """Read the configuration; its warnings go to standard error."""
+    loaded = read(arguments, arguments.config)
+    for warning in loaded.warnings:
+        print(f"wsgateway: {warning}", file=sys.stderr)
+    return loaded
+
+
+def read(arguments: argparse.Namespace, file: str | Path | None) -> config.Loaded:
+    """Read the configuration from a file, or from where one is found; the flags are as they were."""
     flags: dict[str, object] = {}
     for setting in arguments.set:
         key, equals, value = setting.partition("=")
@@ -23,10 +32,7 @@ def load(arguments: argparse.Namespace) -> config.Loaded:
     for key in SERVE_FLAGS.values():
         if getattr(arguments, key, None) is not None:
             flags[key] = getattr(arguments, key)
-    loaded = config.load(arguments.config, flags=flags)
-    for warning in loaded.warnings:
-        print(f"wsgateway: {warning}", file=sys.stderr)
-    return loaded
+    return config.load(file, flags=flags)
 
 
 def check(loaded: config.Loaded) -> None:

@@ -153,7 +153,7 @@ def load(modules: Iterable[str]) -> dict[str, Handler]:
 def _handlers_in(name: str) -> dict[str, Handler]:
     try:
         module = importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # SystemExit: of a module that is a script
         raise ConfigError(
             f"handlers.modules: {name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error

@@ -1,11 +1,12 @@
-"""What a request to the HTTP API asks for, checked as its call is declared.
+"""What a request says, read as its call declares it: path, query, body, key.
 
-Only this module says how paths, queries and bodies become values, and how a wrong one is named.
+Only this module turns texts of a request into typed values. Each function raises `Problem` with the
+field that is to blame.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -13,12 +14,12 @@ from aiohttp import web
 from wsgateway.api import problems
 from wsgateway.api.routes import Route
 
-MAX_KEY: Final = 128
-"""Characters of an idempotency key."""
+MAX_KEY = 128
+"""Characters of an Idempotency-Key."""
 
 
-def path(request: web.Request, route: Route) -> dict[str, str]:
-    """The variable parts of a path. Raises Problem."""
+def read_path(request: web.Request, route: Route) -> dict[str, str]:
+    """The values in a request's path."""
     values = dict(request.match_info)
     for name in route.parameters:
         if name != "connection_id" and not (
@@ -28,8 +29,8 @@ def path(request: web.Request, route: Route) -> dict[str, str]:
     return values
 
 
-def query(request: web.Request, route: Route) -> Any:
-    """The query as the call declares it. Raises Problem."""
+def read_query(request: web.Request, route: Route) -> Any:
+    """A request's query."""
     if not request.query_string:
         return route.query()
     values: dict[str, str] = {}
@@ -55,8 +56,8 @@ def convert(document: Any, kind: Any, *, strict: bool) -> Any:
         raise problems.invalid(field or "body", reason) from None
 
 
-def idempotency_key(request: web.Request) -> str | None:
-    """The caller's name for this request, if it has one. Raises Problem."""
+def read_idempotency_key(request: web.Request) -> str | None:
+    """The key that makes a repetition safe, if there is one."""
     key = request.headers.get("Idempotency-Key")
     if key is not None and not 0 < len(key) <= MAX_KEY:
         raise problems.invalid("Idempotency-Key", f"1 to {MAX_KEY} characters")
