@@ -51,7 +51,7 @@ PING = {"type": "ping"}
 
 
 LITERALS = {
-    "runtime.loop": "asyncio",
+    "runtime.loop": "asyncio", "tls.minimum_version": "1.3",
     "auth.refuse": "close", "limits.duplicate": "newest", "weather.api": "v1",
     "chat.max_tokens_field": "max_completion_tokens", "log.level": "debug", "log.format": "json",
 }  # fmt: skip
@@ -66,6 +66,7 @@ OTHERS = {
     "weather.timeout": (3.0007, 3.0011),
     "weather.url": ("https://old.example", "https://new.example"),
     "server.port": (0, 1),
+    "server.trusted_proxies": ([], ["10.0.0.0/8"]),
     "api.port": (0, 1),
     "handlers.modules": ([], ["tests.test_device_socket"]),
     "redis.url": ("", "redis://elsewhere:1/0"),
@@ -161,7 +162,8 @@ async def test_what_needs_a_restart_is_named_at_each_reload_and_stays_as_it_was(
         key.path.replace(".", "__"): values_of(key, number)[1] for number, key in enumerate(keys)
     }
     restart = tuple(key.path for key in keys)
-    async with running_gateway(accounts) as gateway, gateway.device() as device:
+    unused = {"tls__certificate": "unused.pem"}  # without one, TLS could not be wanted
+    async with running_gateway(accounts, **unused) as gateway, gateway.device() as device:
         assert await gateway.reload(**changes) == Changes((), restart)
         assert await gateway.reload(limits__messages=50) == Changes(("limits.messages",), restart)
         assert (await ask(device, PING))["type"] == "pong"
