@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "wsgateway"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "background", "signals", "proxy"},
-    {"config", "metrics", "wire", "hub", "limits", "ledger", "timings", "subscriptions"},
+    {"errors", "background", "signals", "proxy", "timings"},
+    {"config", "metrics", "wire", "hub", "limits", "ledger", "subscriptions"},
     {"deflate"},
     {
         "logs",
@@ -30,7 +30,7 @@ LAYERS = [
     {"handlers", "gateway", "auth", "link", "sockets"},
     {"session", "reload", "accounts", "roster", "cluster", "mirror"},
     {"connection", "control", "sends", "presence", "health"},
-    {"admission", "ingest"},
+    {"admission", "ingest", "drain"},
     {"listener", "federation", "api"},
     {"server", "demo", "doctor"},
     {"cli"},

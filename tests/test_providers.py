@@ -17,6 +17,7 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import ClientConnection
 
 from tests.conftest import Accounts, Instance, ask, eventually, running_gateway
@@ -479,13 +480,23 @@ async def test_requests_and_what_they_cost_are_metrics(gateway: Instance) -> Non
             await ask(device, message)
     async with ClientSession() as session, session.get(f"{gateway.api_url}/metrics") as answer:
         text = await answer.text()
-    for line in (
-        'wsgateway_provider_requests_total{outcome="ok",provider="qweather"} 2.0',
-        'wsgateway_weather_answers_total{source="cache"} 1.0',
-        'wsgateway_chat_tokens_total{kind="prompt"} 20.0',
-        "wsgateway_chat_cost_micros_total 0.0",
+    told = {
+        (one.name, *sorted(one.labels.values())): one.value
+        for family in text_string_to_metric_families(text)
+        for one in family.samples
+    }
+    for wanted, value in (
+        (("provider_requests_total", "here", "ok", "qweather"), 2),
+        (("provider_seconds_count", "here", "qweather"), 2),
+        (("provider_seconds_count", "here", "openai"), 1),
+        (("handler_seconds_count", "here", "weather"), 2),
+        (("weather_answers_total", "cache", "here"), 1),
+        (("chat_tokens_total", "here", "prompt"), 20),
+        (("chat_cost_micros_total", "here"), 0),
+        (("sent_total", "here", "weather"), 2),
+        (("sent_total", "connection_status", "here"), 1),
     ):
-        assert line in text
+        assert told[f"wsgateway_{wanted[0]}", *wanted[1:]] == value, wanted
     assert KEY not in text
 
 

@@ -163,7 +163,11 @@ class Authenticator:
                 raise Refused("expired")
             self._metrics.lookups["cache"] += 1
             return cached[1]
-        row = await self._check(token_hash, ("device",))
+        started = time.perf_counter()
+        try:
+            row = await self._check(token_hash, ("device",))
+        finally:
+            self._metrics.lookup_seconds.note("database", time.perf_counter() - started)
         identity = Identity(
             row.id, row.hash, row.user_id, row.device_id, row.expires_at, self._epoch
         )

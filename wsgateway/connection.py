@@ -244,7 +244,9 @@ class Connection(asyncio.Protocol):
 
     def send(self, message: Mapping[str, Any]) -> bool:
         """Send a message to this device; False if it is gone. Never waits."""
-        return self._send_text(wire.encode(message))
+        sent = self._send_text(wire.encode(message))
+        self._metrics.sent["more"] += sent
+        return sent
 
     def push(self, data: bytes) -> bool:
         """Put whole frames on the way; False if the device is gone or too slow. Never waits."""
@@ -273,7 +275,7 @@ class Connection(asyncio.Protocol):
         self._session = session
         self.phase = OPEN
         self.opened_at = monotonic()
-        self._metrics.sent += 1
+        self._metrics.sent["connection_status"] += 1
         self._metrics.compression_agreed += self.frame is not wire.text_frame
         self._write(answer + self.frame(status))
 
@@ -552,7 +554,6 @@ class Connection(asyncio.Protocol):
         if type(action) is not bytes:
             self._perform(action)
         elif self.phase is OPEN:
-            self._metrics.sent += 1
             self._write(self.frame(action))
 
     def _perform(self, action: Action) -> None:
@@ -592,7 +593,9 @@ class Connection(asyncio.Protocol):
         try:
             while self._pending and self._session is not None:
                 wait = self._pending.popleft()
+                started = monotonic()
                 answer = await self._session.run(wait)
+                self._metrics.handler_seconds.note(wait.handler.type, monotonic() - started)
                 if answer is not None:
                     self._send_text(answer)
                 if self._paused and len(self._pending) < self._door.max_pending:
@@ -624,9 +627,7 @@ class Connection(asyncio.Protocol):
     # Writing.
 
     def _send_text(self, payload: bytes) -> bool:
-        sent = self.push(self.frame(payload))
-        self._metrics.sent += sent
-        return sent
+        return self.push(self.frame(payload))
 
     def _write(self, data: bytes) -> None:
         if self._corked is not None:

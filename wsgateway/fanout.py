@@ -228,7 +228,7 @@ class Fanout:
     def _finish(self, batch: _Batch) -> None:
         metrics = self._metrics
         metrics.delivered += batch.written * len(batch.payloads)
-        metrics.sent += batch.written * len(batch.payloads)
+        metrics.sent["group"] += batch.written * len(batch.payloads)
         self._bytes -= batch.size
         for delivery in batch.deliveries:
             delivery.finish(batch.written)

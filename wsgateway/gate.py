@@ -64,5 +64,6 @@ class Gate:
             self._end(self._waiting.popleft(), may_go_on=False)
 
     def _end(self, waiting: _Waiting, *, may_go_on: bool) -> None:
+        self._metrics.gate_seconds.note(monotonic() - waiting.since)
         if not waiting.turn.done():  # its connection may be gone
             waiting.turn.set_result(may_go_on)

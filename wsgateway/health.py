@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+from pathlib import Path
 from typing import Any, Final
 
 from wsgateway.auth import Authenticator
@@ -15,6 +16,8 @@ from wsgateway.gateway import Gateway
 
 DEAF_SECONDS: Final = 10.0
 """How long the mirror's probe may stay away before readiness tells of it."""
+
+OPEN_DESCRIPTORS: Final = Path("/proc/self/fd")
 
 LAG_DECAY: Final = 0.95
 """What remains of the worst lag after each tick, of which there are ten a second: it halves in 1.4 s,
@@ -63,15 +66,23 @@ class Health:
         return {"status": "ok", "reasons": []}
 
     def _lacks_descriptors(self) -> bool:
-        """Whether more than half of the reserve is in use.
+        """Whether more than half of the reserve is in use."""
+        used, most = descriptors()
+        return used >= most - self._config.limits.descriptor_reserve // 2
 
-        A new descriptor is the lowest that is free: its number says how many are in use without
-        looking at each.
-        """
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+def descriptors() -> tuple[int, int]:
+    """Descriptors in use, and how many there may be, in no time however many there are.
+
+    The kernel tells how many from Linux 6.2 on. Before, it is the lowest that is free, which is what
+    a new one gets: all below are in use, so that it is near the most exactly where few are left.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    used = OPEN_DESCRIPTORS.stat().st_size if OPEN_DESCRIPTORS.exists() else 0
+    if not used:
         try:
-            lowest = os.open("/", os.O_PATH | os.O_CLOEXEC)
+            used = os.open("/", os.O_PATH | os.O_CLOEXEC)
         except OSError:
-            return True
-        os.close(lowest)
-        return lowest >= soft - self._config.limits.descriptor_reserve // 2
+            return most, most
+        os.close(used)
+    return used, most

@@ -211,6 +211,9 @@ class Ingest:
         self._held_until = asked_at + LEASE_MS / 1000 if reply == 1 else 0.0
         if self.holds_lease and not in_hand:
             await self._put_back()  # what a connection that was cut took after its end
+        size = await self.size() if self.holds_lease else {"waiting": 0, "rejected": 0}
+        self._metrics.queue_waiting = float(size["waiting"])
+        self._metrics.queue_rejected = float(size["rejected"])
 
     async def _handle(self, item: bytes) -> bool:
         """Send an item, or put it where bad ones go; False if the lease was lost before that."""

@@ -11,14 +11,13 @@ import asyncio
 import contextlib
 import logging
 import math
-import random
 import socket
 import time
 from collections.abc import AsyncIterator
 from functools import partial
 from time import monotonic
 
-from wsgateway import background, sockets
+from wsgateway import background, drain, sockets
 from wsgateway.admission import Admission
 from wsgateway.auth import Authenticator, Identity
 from wsgateway.config import Config
@@ -40,9 +39,6 @@ log = logging.getLogger(__name__)
 
 TICK = 0.1
 """Seconds between two looks at what is due: the error of every deadline."""
-
-LEAST_RETURN_MS = 1000
-"""Over how many milliseconds even a small fleet comes back: its new instance has to start."""
 
 ABORT_SECONDS = 1.0
 """How long aborted connections may take to be gone; a turn of the loop in practice."""
@@ -244,10 +240,12 @@ class Listener:
         if connection.identity is not None:
             code = connection.close_code
             self.metrics.closed[str(code) if code in OUR_CODES else "other"] += 1
+            seconds = monotonic() - connection.opened_at
+            self.metrics.connection_seconds.note(seconds)
             log.info(
                 "device out user=%s device=%s code=%s seconds=%.1f messages=%s id=%s",
                 connection.user_id, connection.device_id, code,
-                monotonic() - connection.opened_at, connection.messages, connection.id,
+                seconds, connection.messages, connection.id,
             )  # fmt: skip
 
     # What is due.
@@ -258,8 +256,10 @@ class Listener:
                 refusal = "overload"
             if connection.phase is not Phase.DECIDING:
                 return
+        accepted_at = connection.opened_at
         await self._admission.decide(connection, visit, refusal)
         if connection.phase is Phase.OPEN:
+            self.metrics.handshake_seconds.note(connection.opened_at - accepted_at)
             self._handshakes.pop(connection, None)
             self._wheel[connection.wheel_slot].add(connection)
 
@@ -273,7 +273,8 @@ class Listener:
             due = monotonic() + pause
             await asyncio.sleep(pause)
             now = monotonic()
-            lag = self.metrics.loop_lag = max(0.0, now - due)
+            lag = max(0.0, now - due)
+            self.metrics.loop_lag_seconds.note(lag)
             self._health.note_lag(lag)
             self._gate.tick(lag, limits.handshake_lag, limits.handshake_wait)
             self._expire(self._handshakes, now, "handshake_timeout")
@@ -352,31 +353,12 @@ class Listener:
                     await asyncio.sleep(0)
 
     async def _drain(self) -> None:
-        """Tell every device to come back, spread over the first part of the window, then wait.
-
-        A device that waits for an answer is told once it has it, or after ``drain.grace``. All are
-        to come back within the time that an instance needs to take them.
-        """
+        """Send every device away, then wait until they are gone, within the window in all."""
         self._admission.draining = True
-        drain, now = self._config.drain, monotonic()
-        end, patient_until = now + drain.window, now + min(drain.grace, drain.window / 2)
-        waiting = list(self._connections)
-        log.info("draining connections=%s seconds=%g", len(waiting), drain.window)
-        return_ms = max(LEAST_RETURN_MS, round(len(waiting) / drain.return_rate * 1000))
-        pauses = max(1, int(drain.window * 0.5 / TICK))
-        batch = max(BATCH, math.ceil(len(waiting) / pauses))
-        while waiting:
-            is_late, patient = monotonic() >= end, monotonic() < patient_until
-            due = [each for each in waiting if not (patient and each.busy)]
-            due = due if is_late else due[:batch]
-            told = set(due)
-            waiting = [each for each in waiting if each not in told]
-            for connection in due:
-                retry_ms = random.randint(0, return_ms)  # noqa: S311 - spreads returns
-                if connection.phase is Phase.OPEN:
-                    connection.close(CloseCode.RESTART, f'{{"retry_ms":{retry_ms}}}')
-            if waiting:
-                await asyncio.sleep(TICK)
+        settings = self._config.drain
+        end = monotonic() + settings.window
+        log.info("draining connections=%s seconds=%g", len(self._connections), settings.window)
+        await drain.send_away(list(self._connections), settings)
         await self._gone(end - monotonic())
 
     async def _gone(self, seconds: float) -> None:

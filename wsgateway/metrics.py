@@ -1,4 +1,4 @@
-"""What the gateway counts: plain integers.
+"""What the gateway counts and measures: plain integers.
 
 Only this module says what is counted. It knows neither sockets nor loops; every room adds to the
 counters it was given, in place, so that counting costs an integer addition.
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Any
+
+from wsgateway.timings import BRIEF, LASTING, LONG, Durations, Histogram
 
 
 class Tally(dict[str, int]):
@@ -33,10 +36,16 @@ class Metrics:
     """Devices that were authenticated and told that they are connected."""
     refused: Counter[str] = field(default_factory=Counter)
     """Handshakes refused, by reason; those of TLS and the PROXY protocol too, on both listeners."""
+    handshake_seconds: Histogram = field(default_factory=lambda: Histogram(BRIEF))
+    """From the accepted connection to the device that is told that it is connected."""
     gate_delayed: int = 0
     """Handshakes that had to wait because the loop was behind."""
-    loop_lag: float = 0.0
-    """Seconds by which the loop's last tick came late."""
+    gate_seconds: Histogram = field(default_factory=lambda: Histogram(BRIEF))
+    """How long they waited."""
+    loop_lag_seconds: Histogram = field(default_factory=lambda: Histogram(BRIEF))
+    """How late the loop came to its ticks, of which there are ten a second."""
+    connection_seconds: Histogram = field(default_factory=lambda: Histogram(LASTING))
+    """How long devices were connected, once they are gone."""
     closed: Counter[str] = field(default_factory=Counter)
     """Device connections ended, by close code, 'aborted' codes being 1006."""
     aborted: Counter[str] = field(default_factory=Counter)
@@ -45,8 +54,11 @@ class Metrics:
     """Messages from devices, by registered type, else 'unknown' or 'invalid'."""
     received_bytes: int = 0
     """Bytes read from device sockets."""
-    sent: int = 0
-    """Messages written to devices."""
+    sent: Tally = field(default_factory=Tally)
+    """Messages to devices: the answer to a registered type by that type's name, 'error',
+    'connection_status', 'group', or 'more' for what a handler sends besides its answer."""
+    handler_seconds: Durations = field(default_factory=lambda: Durations("handler", LONG))
+    """How long handlers took that wait for something, by message type; the others answer at once."""
     sent_bytes: int = 0
     """Bytes written to device sockets."""
     compression_agreed: int = 0
@@ -70,6 +82,8 @@ class Metrics:
     """Group messages that a member did not get, by reason."""
     fanout_slices: int = 0
     """Turns of the loop that a fan-out yielded after."""
+    lookup_seconds: Durations = field(default_factory=lambda: Durations("look-up", BRIEF))
+    """How long tokens waited for their look-up, by where it was made; the cache answers at once."""
     lookups: Counter[str] = field(default_factory=Counter)
     """Token look-ups, by where the answer came from: cache, database, failed."""
     forgotten_windows: int = 0
@@ -82,6 +96,8 @@ class Metrics:
     provider_requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Requests to outside services, by provider and outcome: ok, what failed, or why none was made
     (paused, busy)."""
+    provider_seconds: Durations = field(default_factory=lambda: Durations("provider", LONG))
+    """How long requests to outside services took, by provider, failed ones too."""
     provider_pauses: Counter[str] = field(default_factory=Counter)
     """Times that a service which failed began to be left alone, by provider."""
     weather_answers: Counter[str] = field(default_factory=Counter)
@@ -109,16 +125,24 @@ class Metrics:
     """Times that messages of another instance were missing."""
     mirror_lost: int = 0
     """Messages of other instances that never arrived."""
-    mirror_lag: float = 0.0
-    """Seconds that the last probe took through Redis and back."""
+    mirror_lag_seconds: Histogram = field(default_factory=lambda: Histogram(BRIEF))
+    """How long probes, of which there is one a second, took through Redis and back."""
     unconfirmed: int = 0
     """Devices let in before Redis confirmed their groups."""
+    receipt_seconds: Histogram = field(default_factory=lambda: Histogram(BRIEF))
+    """How long senders waited for other instances to answer."""
     receipts_incomplete: int = 0
     """Sends for which an instance did not answer in time, or Redis was away."""
     queue_items: Counter[str] = field(default_factory=Counter)
     """Items taken from the queue, by fate: sent, rejected, put_back."""
-    api_requests: Counter[int] = field(default_factory=Counter)
-    """Requests to the HTTP API, by status."""
+    queue_waiting: float = 0.0
+    """Items that wait in the queue, as the instance that takes them last saw; 0 on the others."""
+    queue_rejected: float = 0.0
+    """Items among the rejected ones, likewise."""
+    api_requests: Counter[tuple[str, str, int]] = field(default_factory=Counter)
+    """Requests to the HTTP API, by method, route and status."""
+    api_seconds: Durations = field(default_factory=lambda: Durations("api", BRIEF))
+    """How long calls took, from the read head to the answer, by call."""
     api_busy: int = 0
     """Requests to the HTTP API refused because too many were under way."""
 
@@ -126,6 +150,11 @@ class Metrics:
     """Reloads of the configuration, by result: applied, refused."""
     reloaded_at: float = 0.0
     """When the last reload was applied, in seconds since 1970; 0 before the first."""
+
+    def operations(self) -> dict[str, dict[str, Any]]:
+        """What was measured, as `Durations.summary` tells it."""
+        kinds = (self.handler_seconds, self.lookup_seconds, self.provider_seconds, self.api_seconds)
+        return {name: told for kind in kinds for name, told in kind.summary().items()}
 
 
 class Rates:
@@ -143,7 +172,7 @@ class Rates:
                 now,
                 {
                     "messages_in": sum(metrics.received.values()),
-                    "messages_out": metrics.sent,
+                    "messages_out": sum(metrics.sent.values()),
                     "connects": metrics.opened,
                 },
             )

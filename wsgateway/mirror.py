@@ -267,7 +267,7 @@ class Mirror:
         if data.startswith(b"probe "):
             if data == self._probe_sent:
                 self._proved_at = monotonic()
-                self._metrics.mirror_lag = self._proved_at - self._probe_sent_at
+                self._metrics.mirror_lag_seconds.note(self._proved_at - self._probe_sent_at)
                 if not self._condition.is_up:
                     self._up_since = self._proved_at
                     self._beat_is_due.set()  # the others are to know it at once

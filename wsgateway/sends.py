@@ -196,7 +196,8 @@ class Sends:
         seconds: float,
     ) -> None:
         """Wait for Redis, then for those that listen."""
-        deadline = monotonic() + seconds
+        started = monotonic()
+        deadline = started + seconds
         if not published.done():
             await asyncio.wait({published}, timeout=seconds)
         receipt.fate = published.result().fate if published.done() else Fate.UNKNOWN
@@ -210,6 +211,7 @@ class Sends:
             receipt.complete = is_settled and expected.answered.done()
         if expected is not None:
             receipt.shares |= expected.shares
+            self._metrics.receipt_seconds.note(monotonic() - started)
         self._metrics.receipts_incomplete += not receipt.complete
 
     def deliver(self, group: str, found: Envelope | bytes) -> None:

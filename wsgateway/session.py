@@ -84,7 +84,7 @@ class Session:
         if found.waits:
             return Wait(found, message)
         try:
-            return _encoded(found, self._call(found, message))
+            return self._encoded(found, self._call(found, message))
         except Exception as error:  # noqa: BLE001 - a user's handler may raise anything
             return self.failed(found, error)
 
@@ -98,7 +98,7 @@ class Session:
         """Answer a message that needs waiting. Cancelling is safe: the device then gets nothing."""
         try:
             async with asyncio.timeout(self._rules.handler_timeout):
-                return _encoded(wait.handler, await self._call(*wait))
+                return self._encoded(wait.handler, await self._call(*wait))
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -131,14 +131,16 @@ class Session:
 
     def _refuse(self, code: ErrorCode, text: str) -> bytes:
         self._rules.metrics.errors[code] += 1
+        self._rules.metrics.sent["error"] += 1
         return wire.error(code, text)
 
-
-def _encoded(handler: Handler, answer: Mapping[str, Any] | None) -> bytes | None:
-    if answer is None:
-        return None
-    if "type" not in answer:
-        answer = {"type": f"{handler.type}_response", **answer}
-    if "timestamp" not in answer:
-        answer = {**answer, "timestamp": wire.timestamp()}
-    return wire.encode(answer)
+    def _encoded(self, handler: Handler, answer: Mapping[str, Any] | None) -> bytes | None:
+        if answer is None:
+            return None
+        if "type" not in answer:
+            answer = {"type": f"{handler.type}_response", **answer}
+        if "timestamp" not in answer:
+            answer = {**answer, "timestamp": wire.timestamp()}
+        encoded = wire.encode(answer)
+        self._rules.metrics.sent[handler.type] += 1
+        return encoded

@@ -169,7 +169,7 @@ class Reloaded(msgspec.Struct, frozen=True):
 class Stats(msgspec.Struct, frozen=True):
     """The gateway at one look: of this instance, and the counts of each instance.
 
-    ``operations`` are the last 100 of each call; ``rates`` are per second.
+    ``operations`` are the last 100 of each kind; ``rates`` are per second.
     """
 
     instance: str

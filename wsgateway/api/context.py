@@ -19,7 +19,6 @@ from wsgateway.health import Health
 from wsgateway.metrics import Metrics, Rates
 from wsgateway.reload import Changes
 from wsgateway.sends import Sends
-from wsgateway.timings import Timings
 
 
 class Parts(Protocol):
@@ -69,7 +68,6 @@ class Api:
     reload: Callable[[], Awaitable[Changes]]
     """Reads the configuration again; raises ConfigError, or Conflict while starting or stopping."""
     rates: Rates
-    timings: Timings
 
     @classmethod
     def of(
@@ -95,7 +93,6 @@ class Api:
             readiness=parts.health.readiness,
             reload=reload,
             rates=Rates(parts.metrics),
-            timings=Timings(),
         )
 
     def configure(self, config: Config) -> None:

@@ -18,7 +18,7 @@ from functools import partial
 from http import HTTPStatus
 from time import monotonic, perf_counter
 from types import MappingProxyType
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import orjson
 from aiohttp import web
@@ -27,7 +27,15 @@ from wsgateway import background, config, sockets
 from wsgateway.api import documents, messages, people, problems, queue, status, tokens
 from wsgateway.api.context import Api
 from wsgateway.api.problems import Problem
-from wsgateway.api.requests import convert, read_idempotency_key, read_path, read_query
+from wsgateway.api.protocol import CallerProtocol, NoRoomProtocol
+from wsgateway.api.requests import (
+    NO_CALL,
+    convert,
+    name_call,
+    read_idempotency_key,
+    read_path,
+    read_query,
+)
 from wsgateway.api.routes import ROUTES, Answer, Call, Route
 from wsgateway.auth import Authenticator, Caller
 from wsgateway.errors import Conflict, NotFound, Refused, StoreError
@@ -159,12 +167,12 @@ class Listener:
     ) -> asyncio.Protocol:
         if len(server.connections) >= self._settings.connections:
             self._api.metrics.api_busy += 1
-            return _Closed()
-        return _Protocol(self, server, address)
+            return NoRoomProtocol()
+        return CallerProtocol(server, address, self.body_timeout, self.failure)
 
     def _address(self, request: web.Request) -> str:
         """Who calls, as far as trusted proxies tell."""
-        assert isinstance(request.protocol, _Protocol)
+        assert isinstance(request.protocol, CallerProtocol)
         address = request.protocol.address or request.remote or "unknown"
         if self._proxies is None:
             return address
@@ -173,6 +181,8 @@ class Listener:
         )
 
     def _handler(self, route: Route) -> Handler:
+        called = f"{route.method} {route.path}"
+
         async def handle(request: web.Request) -> web.Response:
             started = perf_counter()
             if self._under_way >= self._settings.requests:
@@ -199,7 +209,7 @@ class Listener:
                 raise problems.unavailable("redis does not answer") from None
             finally:
                 self._under_way -= 1
-                self._api.timings.note(route.function.__name__, perf_counter() - started)
+                self._api.metrics.api_seconds.note(called, perf_counter() - started)
             document = (
                 answer.body
                 if isinstance(answer, Answer)
@@ -277,7 +287,7 @@ class Listener:
     @web.middleware
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Count every answer, and give every failure in JSON, also those that aiohttp finds."""
-        if isinstance(request.protocol, _Protocol):
+        if isinstance(request.protocol, CallerProtocol):
             request.protocol.heard()
         try:
             response: web.StreamResponse = await handler(request)
@@ -285,15 +295,19 @@ class Listener:
             raise
         except Exception as error:  # noqa: BLE001 - nobody above could answer it
             problem, headers = _problem(error)
-            return self.failure(problem, problem.status.value, headers)
-        self._api.metrics.api_requests[response.status] += 1
+            return self.failure(problem, problem.status.value, name_call(request), headers)
+        self._api.metrics.api_requests[*name_call(request), response.status] += 1
         return response
 
     def failure(
-        self, problem: Problem, status: int, headers: Mapping[str, str] = MappingProxyType({})
+        self,
+        problem: Problem,
+        status: int,
+        call: tuple[str, str] = NO_CALL,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> web.Response:
         """The answer to a call that fails, counted."""
-        self._api.metrics.api_requests[status] += 1
+        self._api.metrics.api_requests[*call, status] += 1
         more = {} if problem.retry_after is None else {"Retry-After": str(problem.retry_after)}
         return web.Response(
             body=orjson.dumps(problem.document()),
@@ -304,7 +318,7 @@ class Listener:
     async def _expect(self, request: web.Request) -> web.Response | None:
         if request.headers["Expect"].lower() != "100-continue":
             problem = Problem(HTTPStatus.EXPECTATION_FAILED, "expectation", "not expected here")
-            return self.failure(problem, problem.status.value)
+            return self.failure(problem, problem.status.value, name_call(request))
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0
         return None
@@ -313,60 +327,6 @@ class Listener:
         while True:
             self._api.rates.sample(monotonic())
             await asyncio.sleep(SAMPLE_SECONDS)
-
-
-class _Protocol(web.RequestHandler):
-    """A caller's connection: what is no HTTP gets one line in JSON, and who says nothing is cut."""
-
-    __slots__ = ("_listener", "_silent", "address")
-
-    def __init__(self, listener: Listener, server: web.Server, address: str) -> None:
-        super().__init__(
-            server,
-            loop=asyncio.get_running_loop(),
-            auto_decompress=False,
-            access_log=None,  # type: ignore[arg-type]  # as AppRunner does
-        )
-        self.address = address
-        """What a PROXY header told of the caller; empty without."""
-        self._listener = listener
-        self._silent: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        loop = asyncio.get_running_loop()
-        self._silent = loop.call_later(
-            self._listener.body_timeout, cast(asyncio.Transport, transport).abort
-        )
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self.heard()
-        super().connection_lost(exc)
-
-    def heard(self) -> None:
-        """A whole request came."""
-        if self._silent is not None:
-            self._silent.cancel()
-            self._silent = None
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,  # noqa: ARG002 - its text is not for the caller
-        message: str | None = None,  # noqa: ARG002
-    ) -> web.StreamResponse:
-        log.warning("api request refused: no HTTP address=%s", self.address or request.remote)
-        response = self._listener.failure(problems.malformed("this is no HTTP request"), status)
-        response.force_close()
-        return response
-
-
-class _Closed(asyncio.Protocol):
-    """A connection that there is no room for."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
 
 
 def _problem(error: Exception) -> tuple[Problem, dict[str, str]]:

@@ -14,8 +14,21 @@ from aiohttp import web
 from wsgateway.api import problems
 from wsgateway.api.routes import Route
 
+METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "PUT", "PATCH", "OPTIONS"})
+
+NO_CALL = ("other", "other")
+"""What is no call of the API."""
+
 MAX_KEY = 128
 """Characters of an Idempotency-Key."""
+
+
+def name_call(request: web.Request) -> tuple[str, str]:
+    """A request's method and declared path, for metrics: never a word that its caller chose."""
+    resource = request.match_info.route.resource
+    if resource is None or request.method not in METHODS:
+        return NO_CALL
+    return request.method, resource.canonical
 
 
 def read_path(request: web.Request, route: Route) -> dict[str, str]:

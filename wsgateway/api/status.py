@@ -22,7 +22,7 @@ async def stats(api: Api, call: Call[NoQuery, None]) -> dict[str, Any]:  # noqa:
         "users": counts[api.cluster.name]["users"],
         "devices": counts[api.cluster.name]["devices"],
         "rates": api.rates.per_second(),
-        "operations": api.timings.summary(),
+        "operations": api.metrics.operations(),
         "redis": dict(api.metrics.redis_states),
         "instances": counts,
     }

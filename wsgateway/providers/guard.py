@@ -63,9 +63,11 @@ class Guard:
         wait = self._breaker.wait(self._clock())
         if wait > 0:
             raise self.counted(Failure(Outcome.PAUSED, self._service, wait=wait))
+        started = self._clock()
         try:
             yield
         except Failure as failure:
+            self._metrics.provider_seconds.note(self._provider, self._clock() - started)
             self.counted(failure)
             self._judge(failure)
             raise
@@ -73,6 +75,7 @@ class Guard:
             self._breaker.abandoned()
             self._count(Outcome.CANCELLED)
             raise
+        self._metrics.provider_seconds.note(self._provider, self._clock() - started)
         self._count(Outcome.OK)
         self._works()
 
