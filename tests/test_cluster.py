@@ -18,7 +18,7 @@ import redis.asyncio
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
-from tests.conftest import Accounts, Instance, RedisServer, eventually, running_gateway
+from tests.conftest import Accounts, Instance, RedisServer, ask, eventually, running_gateway
 from wsgateway import store
 from wsgateway.metrics import Metrics
 
@@ -328,3 +328,19 @@ async def test_invented_instances_are_believed_only_up_to_a_limit(
         await eventually(lambda: len(others(p.a)) >= 100)
         assert len(others(p.a)) == 100
         assert "b" in others(p.a)
+
+
+async def test_two_instances_with_one_name_say_so_and_serve_on(
+    accounts: Accounts, redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared: dict[str, object] = {"redis__url": redis_server.url, "server__instance": "one"}
+    async with (
+        running_gateway(accounts, **shared) as first,
+        running_gateway(accounts, **shared) as second,
+    ):
+        await eventually(lambda: metrics(first).mirror_twins and metrics(second).mirror_twins)
+        for gateway in (first, second):
+            async with gateway.device() as device:
+                assert (await ask(device, {"type": "ping"}))["type"] == "pong"
+        said = "another instance is named one too: rename one (server.instance)"
+        assert caplog.text.count(said) >= 2

@@ -121,6 +121,8 @@ class Metrics:
     """Group messages dropped because they came before, or too late to keep the order."""
     mirror_interruptions: int = 0
     """Times that the subscriber's connection was lost."""
+    mirror_twins: int = 0
+    """Probes of another instance with this one's name: receipts and presence of both are wrong."""
     mirror_gaps: int = 0
     """Times that messages of another instance were missing."""
     mirror_lost: int = 0

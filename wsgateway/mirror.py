@@ -95,7 +95,7 @@ class Mirror:
         self._condition = Condition("subscriber", metrics)
         self._heard_at = self._probe_sent_at = 0.0
         self._proved_at = self._up_since = monotonic()
-        self._probe_sent = b""
+        self._probe_prefix, self._probe_sent = f"probe {epoch} ".encode(), b""
         self._repeated_at = 0.0
         self.first_up = asyncio.Event()
         """Set once the mirror works for the first time."""
@@ -264,20 +264,22 @@ class Mirror:
         self._deliver(self._group(channel), found)
 
     def _read_node(self, data: bytes) -> None:
-        if data.startswith(b"probe "):
-            if data == self._probe_sent:
-                self._proved_at = monotonic()
-                self._metrics.mirror_lag_seconds.note(self._proved_at - self._probe_sent_at)
-                if not self._condition.is_up:
-                    self._up_since = self._proved_at
-                    self._beat_is_due.set()  # the others are to know it at once
-                    self._sent.repeat()  # and what they asked for meanwhile was not heard
-                    self._pipeline.submit(self._build_resync)
-                    self._on_up()
-                self._condition.set(State.UP)
-                self.first_up.set()
-        else:
+        if not data.startswith(b"probe "):
             self._on_node(data)
+        elif data == self._probe_sent:
+            self._proved_at = monotonic()
+            self._metrics.mirror_lag_seconds.note(self._proved_at - self._probe_sent_at)
+            if not self._condition.is_up:
+                self._up_since = self._proved_at
+                self._beat_is_due.set()  # the others are to know it at once
+                self._sent.repeat()  # and what they asked for meanwhile was not heard
+                self._pipeline.submit(self._build_resync)
+                self._on_up()
+            self._condition.set(State.UP)
+            self.first_up.set()
+        elif not data.startswith(self._probe_prefix):
+            self._metrics.mirror_twins += 1
+            log.error("another instance is named %s too: rename one (server.instance)", self._name)
 
     def _catch_up(self, beat: Beat) -> None:
         self._on_beat(beat.origin)
@@ -336,7 +338,7 @@ class Mirror:
             await asyncio.wait(confirmations, timeout=DEAF_SECONDS)
         asked_at = monotonic()
         while True:
-            self._probe_sent = f"probe {self._epoch} {secrets.token_hex(8)}".encode()
+            self._probe_sent = self._probe_prefix + secrets.token_hex(8).encode()
             self._probe_sent_at = self.turned_at = monotonic()
             outcome = await self.tell(self._name, self._probe_sent)
             taken = self._was_taken(outcome)
