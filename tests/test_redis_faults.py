@@ -621,3 +621,55 @@ async def test_a_link_that_swallows_everything(
         await state(load, "silent")
         await asyncio.sleep(12)  # longer than the kernel's own deadlines
         namespace.mend()
+
+
+async def test_a_queue_waits_while_redis_lets_nothing_be_published(
+    accounts: Accounts, redis_server: RedisServer, bob: str
+) -> None:
+    async with (
+        pair(accounts, redis_server) as p,
+        p.a.device(bob) as first,
+        p.b.device(bob) as second,
+    ):
+        with admin(redis_server) as call:
+            call("ACL", "SETUSER", "default", "-publish")
+            await eventually(lambda: metrics(p.a).redis_states["publisher"] == "no_permission")
+            for number in range(20):
+                message = {"user_id": 2, "message": {"type": "t", "message": number}}
+                call("LPUSH", "device_messages", orjson.dumps(message))
+            await asyncio.sleep(12)  # longer than a lease
+            call("ACL", "SETUSER", "default", "+publish")
+        for device in (first, second):
+            assert [await received(device, 20) for _ in range(20)] == list(range(20))
+
+        def is_done() -> bool:
+            return metrics(p.a).queue_items + metrics(p.b).queue_items == {"sent": 20}
+
+        await eventually(is_done)
+        status, receipt = await p.send(p.a, 2, "end")
+        assert (status, receipt["complete"]) == (200, True)
+        for device in (first, second):
+            assert await received(device) == "end", "none came twice"
+
+
+async def test_calls_about_all_instances_are_complete_only_while_all_can_be_asked(
+    accounts: Accounts, redis_server: RedisServer
+) -> None:
+    async with pair(accounts, redis_server) as p, p.a.device(), p.b.device():
+
+        async def look() -> tuple[int, bool]:
+            about = await p.data(p.a, "GET", "/api/connections")
+            return len(about["connections"]), about["complete"]
+
+        assert await look() == (2, True)
+        redis_server.stop(signal.SIGKILL)
+        await eventually(lambda: others(p.a) == [], 20)
+        assert await look() == (1, False)
+        cut = await p.data(p.a, "POST", "/api/users/1/disconnect", {})
+        assert (cut["cut"], cut["complete"]) == (1, False)
+        redis_server.start()
+
+        async def is_complete() -> bool:
+            return await look() == (1, True)
+
+        await until(is_complete, RECOVERY)
