@@ -68,6 +68,10 @@ def status(arguments: argparse.Namespace) -> None:
     print(f"rates: {rates}")
     redis = ", ".join(f"{name} {state}" for name, state in stats["redis"].items())
     print(f"redis: {redis or 'off'}")
+    slow = ", ".join(
+        f"{name} {took['slow']} times" for name, took in stats["operations"].items() if took["slow"]
+    )
+    print(f"slower than 1 s since the start: {slow or 'nothing'}")
     rows = [{"instance": name, **counts} for name, counts in sorted(stats["instances"].items())]
     output.rows(arguments, ("instance", "connections", "users", "devices"), rows)
 
