@@ -12,6 +12,9 @@ from wsgateway.api import exposition, listener, openapi
 
 DOCS = Path(__file__).parent.parent / "docs"
 
+METRICS_PAGE = Path(__file__).with_name("metrics.md")
+"""What stands before the table of all metrics."""
+
 
 def api() -> str:
     """The description of the HTTP API as YAML."""
@@ -23,17 +26,14 @@ def api() -> str:
 def metrics() -> str:
     """The reference of every metric as Markdown."""
     lines = [
-        "# Metrics",
-        "",
-        "`GET /metrics` on the HTTP listener, in Prometheus' format; without a key on a loopback",
-        "address only, with the label `instance_name`. What tells about Python comes on top. No label",
-        "names a user, a device or anything that a client chose. Those that end in `_seconds` are",
-        "histograms, but for the two that tell a time.",
-        "",
-        "| metric | what it counts |",
-        "|---|---|",
+        METRICS_PAGE.read_text(),
+        "| metric | type | labels | what it tells |",
+        "|---|---|---|---|",
     ]
-    lines += [f"| `{name}` | {meaning} |" for name, meaning in exposition.names().items()]
+    lines += [
+        f"| `{name}` | {kind} | {', '.join(labels)} | {meaning} |"
+        for name, (kind, labels, meaning) in exposition.catalogue().items()
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -492,7 +492,7 @@ async def test_requests_and_what_they_cost_are_metrics(gateway: Instance) -> Non
         (("handler_seconds_count", "here", "weather"), 2),
         (("weather_answers_total", "cache", "here"), 1),
         (("chat_tokens_total", "here", "prompt"), 20),
-        (("chat_cost_micros_total", "here"), 0),
+        (("chat_cost_total", "here"), 0),
         (("sent_total", "here", "weather"), 2),
         (("sent_total", "connection_status", "here"), 1),
     ):

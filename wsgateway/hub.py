@@ -6,6 +6,7 @@ logs; callers act on the transitions that it returns.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Set
 from typing import Generic, TypeVar
 
@@ -17,12 +18,14 @@ class Hub(Generic[M]):
 
     def __init__(self) -> None:
         self._groups: dict[str, set[M]] = {}
+        self._kinds: Counter[str] = Counter()
 
     def join(self, group: str, member: M) -> bool:
         """Add a member; True if it is the group's first (0 -> 1). Joining twice changes nothing."""
         members = self._groups.get(group)
         if members is None:
             self._groups[group] = {member}
+            self._kinds[_kind(group)] += 1
             return True
         members.add(member)
         return False
@@ -36,6 +39,7 @@ class Hub(Generic[M]):
         if members:
             return False
         del self._groups[group]
+        self._kinds[_kind(group)] -= 1
         return True
 
     def members(self, group: str) -> Set[M]:
@@ -46,6 +50,14 @@ class Hub(Generic[M]):
         """The groups that have members now."""
         return iter(self._groups)
 
+    def count(self, kind: str) -> int:
+        """How many groups have members whose name begins with that word and an underscore."""
+        return self._kinds[kind]
+
     def __len__(self) -> int:
         """How many groups have members."""
         return len(self._groups)
+
+
+def _kind(group: str) -> str:
+    return group.partition("_")[0]

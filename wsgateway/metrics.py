@@ -51,7 +51,8 @@ class Metrics:
     aborted: Counter[str] = field(default_factory=Counter)
     """Connections cut without a close handshake, by reason."""
     received: Tally = field(default_factory=Tally)
-    """Messages from devices, by registered type, else 'unknown' or 'invalid'."""
+    """Messages from devices, by registered type, else 'unknown'; what is no message, sent too fast or
+    too long is told by the errors alone."""
     received_bytes: int = 0
     """Bytes read from device sockets."""
     sent: Tally = field(default_factory=Tally)
@@ -105,7 +106,7 @@ class Metrics:
     chat_tokens: Counter[str] = field(default_factory=Counter)
     """Tokens that the chat service counted, by kind: prompt, completion."""
     chat_cost_micros: int = 0
-    """What these tokens cost, in millionths of the currency of the configured prices."""
+    """What these tokens cost, in the currency of the configured prices; counted in millionths."""
 
     redis_states: dict[str, str] = field(default_factory=dict)
     """How each connection to Redis stands, by what it is for."""

@@ -51,6 +51,7 @@ class Guard:
         self._breaker = breaker
         self._metrics = metrics
         self._clock = clock
+        metrics.provider_pauses.setdefault(provider, 0)  # so that the first is seen as growth
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
