@@ -77,7 +77,8 @@ def test_what_is_asked_for_exists(where: str, expression: str) -> None:
 @pytest.mark.parametrize(("where", "expression"), EXPRESSIONS)
 def test_what_a_label_is_to_be_is_a_word_of_the_code(where: str, expression: str) -> None:
     for name, word in chosen(expression):
-        assert f'"{word}"' in SOURCES or word in ZEROS, f"{where}: {name} is never of {word}"
+        known = f'"{word}"' in SOURCES or word in ZEROS or word in ("4..", "5..")  # statuses
+        assert known, f"{where}: {name} is never of {word}"
 
 
 @pytest.mark.parametrize("word", sorted(ZEROS))
