@@ -220,15 +220,15 @@ class OpenAIChat:
                 return satisfying(heard)
 
     def _count(self, usage: Usage | None) -> None:
-        """Count tokens, and what all of them cost together: so no rounding adds up."""
+        """Count tokens, and what they cost at the prices of now: a reload may change these."""
         if usage is None:
             return
         tokens, settings = self._metrics.chat_tokens, self._settings
-        tokens["prompt"] += max(0, usage.prompt_tokens or 0)
-        tokens["completion"] += max(0, usage.completion_tokens or 0)
-        cost = tokens["prompt"] * settings.prompt_price
-        self._metrics.chat_cost_micros = round(
-            cost + tokens["completion"] * settings.completion_price
+        prompt, completion = max(0, usage.prompt_tokens or 0), max(0, usage.completion_tokens or 0)
+        tokens["prompt"] += prompt
+        tokens["completion"] += completion
+        self._metrics.chat_cost_micros += round(
+            prompt * settings.prompt_price + completion * settings.completion_price
         )
 
 
