@@ -37,10 +37,15 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.Abstrac
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Name the tests that need redis-server, so that they can be left out where there is none."""
+    """Name the tests that need redis-server, so that they can be left out where there is none.
+
+    On the second loop, most of what these wait for is Redis: a run that is to be quick leaves it out.
+    """
     for item in items:
         if "redis_server" in getattr(item, "fixturenames", ()):
             item.add_marker("redis")
+            if "[asyncio" in item.name:
+                item.add_marker("again")
 
 
 @dataclass

@@ -50,14 +50,16 @@ class Backend:
             number = 0
             while True:
                 number += 1
+                began = monotonic()  # a try that failed may have sent it all the same
                 for gateway in self.gateways:
-                    if await self._send(session, gateway, number):
+                    if await self._send(session, gateway, number, began):
                         break
                 await asyncio.sleep(PAUSE)
 
-    async def _send(self, session: ClientSession, gateway: Process, number: int) -> bool:
+    async def _send(
+        self, session: ClientSession, gateway: Process, number: int, began: float
+    ) -> bool:
         url = f"http://127.0.0.1:{gateway.api_port}/api/broadcast"
-        began = monotonic()
         headers = {"Idempotency-Key": f"{number}"}
         try:
             async with session.post(url, json={"message": number}, headers=headers) as answer:

@@ -53,13 +53,17 @@ async function showConnections(more) {
   const { data } = await call("GET", `/api/connections?limit=50${after}`);
   cursor = data.next;
   $("more").hidden = cursor === null;
-  const rows = data.connections.map((one) => row(
-    [one.user_id, one.device_id, one.instance, one.address, one.messages,
-      one.connected_at.slice(0, 19), one.last_activity.slice(0, 19)],
-    button("Cut", async () => {
-      await call("DELETE", `/api/connections/${encodeURIComponent(one.id)}`);
-      await refresh();
-    })));
+  const rows = data.connections.map((one) => {
+    const line = row(
+      [one.user_id, one.device_id, one.instance, one.address, one.messages,
+        one.connected_at.slice(0, 19), one.last_activity.slice(0, 19)],
+      button("Cut", async () => {
+        await call("DELETE", `/api/connections/${encodeURIComponent(one.id)}`);
+        line.remove(); // its device may take a moment to say goodbye
+        await showStats();
+      }));
+    return line;
+  });
   if (more) $("connections").append(...rows);
   else $("connections").replaceChildren(...rows);
 }
