@@ -35,6 +35,8 @@ from wsgateway.doctor import certificate, host
 from wsgateway.doctor.host import Fault
 from wsgateway.doctor.storage import file_system
 
+pytestmark = pytest.mark.long
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 Rows = dict[str, dict[str, str]]
 

@@ -17,6 +17,8 @@ from tests.conftest import Instance, Process, RedisServer
 from wsgateway.api import listener, openapi
 from wsgateway.api.routes import ROUTES
 
+pytestmark = pytest.mark.long
+
 DOCUMENT = Path(__file__).parent.parent / "docs" / "openapi.yaml"
 
 UNFIT = "ignored_auth,not_a_server_error,unsupported_method,positive_data_acceptance"

@@ -27,6 +27,8 @@ from tests.conftest import (
 from tests.test_cluster import SHARED, backend, bob, others, pair, received, until
 from wsgateway import store
 
+pytestmark = pytest.mark.long
+
 __all__ = ["bob"]
 
 BEAT = 3 + 2
